@@ -1,0 +1,54 @@
+# make help lists what there is. Needs Python 3.11 to 3.13, make and git; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOK ?=
+export PYTHONPATH := notebooks
+export PYTHONDONTWRITEBYTECODE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help run test lab bench record collect fill notebooks lock clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: .venv/installed ## run every notebook on the cached calls (no key, no network), show their metrics; NOTEBOOK=01_correctness runs one
+	@$(BIN)/python -m helpers run $(NOTEBOOK)
+
+test: .venv/installed ## unit tests, and every notebook replayed and compared with its committed outputs
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests notebooks --nbval --nbval-current-env \
+		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
+
+lab: .venv/installed ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+
+bench: .venv/installed ## measure: replay, opening a log, training, judging, the notebooks
+	@$(BIN)/python tests/bench.py
+
+record: .venv/installed ## run live, and log every call: make record NOTEBOOK=01_correctness SNAPSHOT=mine
+	@JUDGE_MODE=record $(BIN)/python -m helpers run $(NOTEBOOK)
+
+collect: .venv/installed ## write out the next stage's calls, to be answered elsewhere: make collect NOTEBOOK=... SNAPSHOT=mine
+	@JUDGE_MODE=collect $(BIN)/python -m helpers run $(NOTEBOOK)
+
+fill: .venv/installed ## merge answers into a log: make fill LOG=data/mine/correctness/calls.jsonl RESULTS=results.jsonl
+	@$(BIN)/python -m helpers fill $(LOG) $(RESULTS)
+
+notebooks: .venv/installed ## for maintainers: run the notebooks and write their outputs back into notebooks/
+	@$(BIN)/python -m helpers run --in-place $(NOTEBOOK)
+
+# uv's universal lock, less the CUDA libraries: a CUDA build of torch names its own, and the CPU build wants none.
+lock: .venv/installed ## for maintainers: make requirements.lock anew from requirements.txt
+	@$(BIN)/pip install -q uv
+	@{ sed '/^[^#]/,$$d' requirements.lock; $(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
+		requirements.txt | grep -vE '^(nvidia-|cuda-|triton)'; } > requirements.lock.tmp && mv requirements.lock.tmp requirements.lock
+
+clean: ## remove .venv and build
+	rm -rf .venv build
+
+.venv/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "Python 3.11 to 3.13 is needed, %s is %d.%d: make PYTHON=python3.12 ..." % (sys.executable, *v))'
+	@echo "Installing into .venv (once; a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	@touch $@

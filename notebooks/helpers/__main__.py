@@ -1,0 +1,76 @@
+"""What make calls: `python -m helpers run [--in-place] [NOTEBOOK ...]` and `python -m helpers fill LOG RESULTS`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from .calls import fill
+from .snapshots import ROOT, CallLog, judge_mode
+
+NOTEBOOKS = ROOT / "notebooks"
+BUILD = ROOT / "build"
+
+
+def run(names: list[str], in_place: bool = False) -> int:
+    """Execute notebooks from a clean kernel; write them and their HTML pages to `build/`; print what they tag "metrics"."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from nbconvert import HTMLExporter
+
+    paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
+    for path in paths:
+        if not path.exists():
+            print(f"no notebook {path.name}; there are {', '.join(p.stem for p in sorted(NOTEBOOKS.glob('*.ipynb')))}", file=sys.stderr)
+            return 2
+    BUILD.mkdir(exist_ok=True)
+    shown = []
+    for path in paths:
+        print(f"{path.name}: running ({judge_mode()})", flush=True)
+        start = time.perf_counter()
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}},
+                           extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute()
+        except CellExecutionError as error:
+            print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
+            return 0 if error.ename == "Collected" else 1
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # times of day, which differ in each run
+        print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
+        nbformat.write(notebook, path if in_place else BUILD / path.name)
+        (BUILD / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+        for cell in notebook.cells:
+            if "metrics" in cell.metadata.get("tags", []):
+                shown += [(path.stem, output.data["text/plain"]) for output in cell.outputs if "data" in output]
+    for name, text in shown:
+        print(f"\n{name}\n{text}")
+    print("\nTo read on, open " + " ".join(str(BUILD / f"{path.stem}.html") for path in paths))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="execute notebooks")
+    running.add_argument("notebooks", nargs="*")
+    running.add_argument("--in-place", action="store_true", help="write the outputs back into notebooks/")
+    filling = commands.add_parser("fill", help="merge a results file into a call log")
+    filling.add_argument("log", type=Path)
+    filling.add_argument("results", type=Path)
+    filling.add_argument("--requests", type=Path, help="by default requests.jsonl beside the log")
+    given = parser.parse_args()
+    if given.command == "run":
+        return run(given.notebooks, given.in_place)
+    log = CallLog(given.log, mode="collect")
+    before = len(log)
+    wrong = fill(log, given.results, given.requests)
+    print(f"{given.log}: {len(log) - before} answers added, {len(log)} in all")
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

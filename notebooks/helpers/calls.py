@@ -1,0 +1,240 @@
+"""Calls in motion: the LLM that replays, records or collects; stages run with bounded concurrency; `fill`."""
+
+import asyncio
+import contextvars
+import json
+from pathlib import Path
+from typing import Any, Awaitable, Iterable
+
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, MessageRole
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms import LLM, CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback
+
+from .snapshots import STAGE, CallLog, DamagedFile, call_key, judge_mode, load_rows, make_row, request_id
+
+ROW = contextvars.ContextVar("row", default=0)  # which row of its stage a call belongs to
+
+
+class MissingCall(LookupError):
+    """Replay met a call that the log does not hold."""
+
+
+class CallFailed(RuntimeError):
+    """The live model raised; its own exception is the cause."""
+
+
+class NotAnswered(Exception):
+    """`collect` wrote this call's request out. `run_stage` turns all of a stage's into one `Collected`."""
+
+
+class Collected(Exception):
+    """The run stops here: the requests of a stage wait in a file to be answered."""
+
+
+class LoggedLLM(CustomLLM):
+    """A chat LLM in front of a call log. Made by `CallLog.llm`.
+
+    Args:
+        log: the call log.
+        live: the LLM that `record` asks, or a function that makes it, called when it is first needed.
+        model_name: the name under which calls are logged.
+        sample: which of several samples of a prompt this LLM draws; part of the key.
+        params: sampling parameters, such as {"temperature": 0}; sent with each call, and part of the key.
+        system_prompt: put before every prompt.
+        context_window: in tokens. It decides how chunks are packed into prompts, hence is one value for all modes.
+    """
+
+    model_name: str
+    sample: int = 0
+    params: dict = Field(default_factory=dict)
+    context_window: int = 8192
+    _log: CallLog = PrivateAttr()
+    _live: Any = PrivateAttr()
+    _asking: dict = PrivateAttr(default_factory=dict)
+
+    def __init__(self, log: CallLog, live: Any = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._log, self._live = log, live
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata(model_name=self.model_name, is_chat_model=True, context_window=self.context_window)
+
+    def _call(self, messages: list[ChatMessage], kwargs: dict) -> dict:
+        for message in messages:
+            if any(block.block_type != "text" for block in message.blocks):
+                raise ValueError(f"the call log holds text only, and this {message.role.value} message holds more")
+        plain = [{"role": message.role.value, "content": message.content} for message in messages]
+        return {"model": self.model_name, "messages": plain, "params": {**self.params, **kwargs}, "sample": self.sample}
+
+    def _recorded(self, call: dict) -> ChatResponse | None:
+        """The logged answer; None if the live model is to be asked."""
+        if row := self._log.get(call_key(**call)):
+            return _response(row)
+        if self._log.mode == "collect":
+            self._log.collect(call)
+            raise NotAnswered(call["model"])
+        if self._log.mode == "replay":
+            raise MissingCall(self._log.explain_missing(call))
+        if self._live is None:
+            raise ValueError(f"JUDGE_MODE=record needs a live model for {self.model_name!r}: pass live=... to CallLog.llm")
+        if not isinstance(self._live, LLM):
+            self._live = self._live()
+        return None
+
+    def _keep(self, call: dict, response: ChatResponse) -> ChatResponse:
+        return _response(self._log.append(make_row(call, response.message.content or "", *_details(response.raw))))
+
+    @llm_chat_callback()
+    def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
+        call = self._call(messages, kwargs)
+        if recorded := self._recorded(call):
+            return recorded
+        try:
+            response = self._live.chat(messages, **call["params"])
+        except Exception as error:
+            raise CallFailed(f"{type(error).__name__}: {error}") from error
+        return self._keep(call, response)
+
+    @llm_chat_callback()
+    async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
+        call = self._call(messages, kwargs)
+        if recorded := self._recorded(call):
+            return recorded
+        # Two equal calls at once would be paid twice: the second waits for the first and takes its answer.
+        key = call_key(**call)
+        async with self._asking.setdefault(key, asyncio.Lock()):
+            try:
+                if recorded := self._recorded(call):
+                    return recorded
+                response = await self._live.achat(messages, **call["params"])
+            except Exception as error:
+                raise CallFailed(f"{type(error).__name__}: {error}") from error
+            else:
+                return self._keep(call, response)
+            finally:
+                self._asking.pop(key, None)
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        return _completion(self.chat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs))
+
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        return _completion(await self.achat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs))
+
+    # A recorded answer is whole at once, so a stream is one piece.
+    def stream_chat(self, messages: list[ChatMessage], **kwargs: Any):
+        yield _whole(self.chat(messages, **kwargs))
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any):
+        yield _whole(self.complete(prompt, **kwargs))
+
+
+def _response(row: dict) -> ChatResponse:
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]),
+                        raw={"usage": row["usage"], "finish_reason": row["finish_reason"]})
+
+
+def _completion(response: ChatResponse) -> CompletionResponse:
+    return CompletionResponse(text=response.message.content, raw=response.raw)
+
+
+def _whole(response):
+    response.delta = response.message.content if isinstance(response, ChatResponse) else response.text
+    return response
+
+
+def _details(raw: Any) -> tuple[dict | None, str | None]:
+    """Usage and finish reason, where a provider's raw response has them in OpenAI's form."""
+    raw = raw.model_dump() if hasattr(raw, "model_dump") else raw
+    if not isinstance(raw, dict):
+        return None, None
+    usage, choices = raw.get("usage"), raw.get("choices") or [{}]
+    usage = usage.model_dump() if hasattr(usage, "model_dump") else usage
+    choice = choices[0] if isinstance(choices[0], dict) else vars(choices[0])
+    return dict(usage) if usage else None, choice.get("finish_reason") or raw.get("finish_reason")
+
+
+async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int = 16) -> list:
+    """Await all jobs, at most `concurrency` at a time. Returns their results in the order of the jobs.
+
+    Every job is run to its end, so that all that was answered is in the log, before a failure is raised.
+
+    Raises:
+        Collected: some calls were written out to be answered (JUDGE_MODE=collect).
+        Exception: of the jobs that failed, the first one's; a note on it says how many there were.
+    """
+    gate = asyncio.Semaphore(concurrency)
+
+    async def run(number: int, job: Awaitable):
+        async with gate:
+            STAGE.set(stage)
+            ROW.set(number)
+            return await job
+
+    from tqdm.auto import tqdm
+
+    tasks = [asyncio.ensure_future(run(number, job)) for number, job in enumerate(jobs)]
+    with tqdm(total=len(tasks), desc=stage, disable=judge_mode() == "replay") as bar:
+        for task in tasks:
+            task.add_done_callback(lambda _: bar.update())
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    waiting = [failure for failure in failures if isinstance(failure, NotAnswered)]
+    for failure in failures:
+        if failure not in waiting:
+            failure.add_note(f"stage {stage!r}: {len(failures)} of {len(results)} rows failed; what was answered is kept")
+            raise failure
+    if waiting:
+        models = ", ".join(sorted({str(failure) for failure in waiting}))
+        raise Collected(f"stage {stage!r}: {len(waiting)} of {len(results)} rows wait for answers ({models}). Their requests "
+                        "are in requests.jsonl beside the call log: have them answered, merge the results with "
+                        "`make fill`, and run again.")
+    return results
+
+
+def fill(log: CallLog, results_path: str | Path, requests_path: str | Path | None = None) -> list[str]:
+    """Merge a results file, in the output format of the OpenAI Batch API, into the log.
+
+    Good results are appended. Returns what was wrong, a line each: results that are unknown, double, failed, damaged or
+    at odds with the log, and requests without a result.
+    """
+    requests_path = Path(requests_path or log.requests_path)
+    calls, wrong, answers = {}, [], {}
+    for number, request in enumerate(load_rows(requests_path), 1):
+        params = dict(request["body"])
+        call = {"model": params.pop("model"), "messages": params.pop("messages"), "params": params,
+                "sample": int(request["custom_id"].split("-")[0])}
+        if request_id(call) != request["custom_id"]:
+            raise DamagedFile(f"{requests_path}, line {number}: custom_id does not match the request's body")
+        calls[request["custom_id"]] = call
+    for number, line in enumerate(Path(results_path).read_bytes().splitlines(), 1):
+        where = f"{results_path}, line {number}"
+        try:
+            result = json.loads(line)
+            name, error = result["custom_id"], result.get("error")
+            reply = result.get("response") or {}
+            if error or reply.get("status_code") != 200:
+                wrong.append(f"{where}: {name}: failed: {json.dumps(error or reply, ensure_ascii=False)[:200]}")
+                answers.setdefault(name, [])
+                continue
+            choice = reply["body"]["choices"][0]
+            row_parts = choice["message"]["content"], reply["body"].get("usage"), choice.get("finish_reason")
+            if not isinstance(row_parts[0], str):
+                raise TypeError("content is not text")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            wrong.append(f"{where}: not a result of the Batch API's form ({type(error).__name__}: {error})")
+            continue
+        answers.setdefault(name, []).append((where, row_parts))
+    for name, given in answers.items():
+        if name not in calls:
+            wrong.append(f"{given[0][0] if given else results_path}: {name}: no such request in {requests_path}")
+        elif len(given) > 1:
+            wrong.append(f"{given[1][0]}: {name}: answered {len(given)} times, so none was taken")
+        elif given:
+            where, parts = given[0]
+            row = make_row(calls[name], *parts)
+            if log.append(row)["response"] != row["response"]:
+                wrong.append(f"{where}: {name}: the log holds another answer, which stays")
+    wrong += [f"{requests_path}: {name}: no result" for name in calls if name not in answers]
+    return wrong

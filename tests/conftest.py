@@ -1,0 +1,34 @@
+"""What every test starts from: no key, no mode, no way out of this machine."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "notebooks"))
+# At import, so that the notebooks' kernels start without them too.
+for name in ("JUDGE_MODE", "SNAPSHOT", "OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_BASE_URL", "HF_TOKEN",
+             "TEACHER_MODEL", "WRITER_MODEL", "ANSWERER_MODEL"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test reached for {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def rows():
+    """Twelve correctness rows on three documents."""
+    return [{"question": f"Question {i}?", "reference": f"The reference number {i}.", "document": f"document {i % 3}",
+             "response_data": {"model": "m", "text": f"The answer number {i}.", "context": "..."}} for i in range(12)]
