@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOK ?=
 export PYTHONPATH := notebooks
-export PYTHONDONTWRITEBYTECODE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help run test lab bench record collect fill notebooks lock clean

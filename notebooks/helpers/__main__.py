@@ -1,6 +1,7 @@
 """What make calls: `python -m helpers run [--in-place] [NOTEBOOK ...]` and `python -m helpers fill LOG RESULTS`."""
 
 import argparse
+import base64
 import sys
 import time
 from pathlib import Path
@@ -41,9 +42,13 @@ def run(names: list[str], in_place: bool = False) -> int:
         print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
         nbformat.write(notebook, path if in_place else BUILD / path.name)
         (BUILD / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
-        for cell in notebook.cells:
-            if "metrics" in cell.metadata.get("tags", []):
-                shown += [(path.stem, output.data["text/plain"]) for output in cell.outputs if "data" in output]
+        for tag, output in ((tag, output) for cell in notebook.cells for tag in cell.metadata.get("tags", []) for output in cell.outputs):
+            if tag == "metrics":
+                shown.append((path.stem, output["data"]["text/plain"]))
+            elif tag == "picture" and in_place:  # README.md shows it
+                picture = NOTEBOOKS / "images" / f"{path.stem}.png"
+                picture.parent.mkdir(exist_ok=True)
+                picture.write_bytes(base64.b64decode(output["data"]["image/png"]))
     for name, text in shown:
         print(f"\n{name}\n{text}")
     print("\nTo read on, open " + " ".join(str(BUILD / f"{path.stem}.html") for path in paths))

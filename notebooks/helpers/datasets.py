@@ -14,33 +14,39 @@ from llama_index.core.readers.base import BaseReader
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 
 from .calls import run_stage
-from .snapshots import judge_mode, snapshot_folder, write_text
+from .snapshots import DATA, judge_mode, snapshot_folder, write_text
 
 CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
 
 
 class SnapshotReader(BaseReader):
-    """Reads pages by title from the snapshot's `documents/` folder: the face of LlamaIndex's WikipediaReader.
-
-    A page that is not there is read with `live` and kept, when recording; so a corpus is frozen at its first reading.
+    """Reads pages by title from a snapshot's `documents/` folder: the face of LlamaIndex's WikipediaReader.
 
     Args:
-        live: a reader with `load_data(pages=[title], ...)`, such as WikipediaReader().
+        live: a reader with `load_data(pages=[title], ...)`, such as WikipediaReader(). When recording, a page that the
+            snapshot lacks is read with it and kept, so that a corpus is frozen at its first reading. Without one, a
+            snapshot that has no documents of its own uses the bundled ones.
     """
 
     def __init__(self, live: BaseReader | None = None) -> None:
         self._live = live
 
     def load_data(self, pages: list[str], **load_kwargs) -> list[Document]:
-        """One Document a page, in the order of `pages`, its title in the metadata."""
-        folder = snapshot_folder("documents")
+        """One Document a page, in the order of `pages`, with its title in the metadata. `load_kwargs` go to `live`.
+
+        Raises:
+            FileNotFoundError: a page that is not there, and may not be read.
+        """
+        mode = judge_mode()
+        own = snapshot_folder("") / "documents"
+        folder = own if self._live or own.is_dir() else DATA / "documents"
         documents = []
         for title in pages:
             path = folder / f"{title.replace(' ', '_')}.txt"
             if not path.exists():
-                if self._live is None or judge_mode() == "replay":
-                    raise FileNotFoundError(f"no page {title!r} in this snapshot (looked for {path}); to add it, put the "
-                                            "text there, or record with a live reader")
+                if self._live is None or mode == "replay":
+                    raise FileNotFoundError(f"no page {title!r} in this snapshot (looked for {path}); to add it, put its text "
+                                            "there, or record with a live reader")
                 write_text(path, self._live.load_data(pages=[title], **load_kwargs)[0].text)
             documents.append(Document(text=path.read_text(encoding="utf-8"), metadata={"title": title}))
         return documents

@@ -25,7 +25,7 @@ TRAINING_PRICES = {"gpt-4.1": 25.00, "gpt-4.1-mini": 5.00, "gpt-4.1-nano": 1.50,
 
 
 class _Recorder(BaseEventHandler):
-    events: list
+    chats: dict  # in the order of ending; the key holds the messages by identity, the value keeps them alive
 
     @classmethod
     def class_name(cls) -> str:
@@ -33,8 +33,10 @@ class _Recorder(BaseEventHandler):
 
     def handle(self, event, **kwargs) -> None:
         if isinstance(event, LLMChatEndEvent) and event.response is not None:
-            chat = [*event.messages, event.response.message]
-            self.events.append({"messages": [{"role": m.role.value, "content": m.content} for m in chat], "row": ROW.get()})
+            # OpenAIFineTuningHandler, where it is in use too, has put the reply into the caller's list.
+            asked = [message for message in event.messages if message is not event.response.message]
+            # An LLM that wraps another reports the same messages twice, first the inner, then the outer: one chat.
+            self.chats[ROW.get(), *map(id, asked)] = [*asked, event.response.message]
 
 
 @contextmanager
@@ -46,13 +48,14 @@ def finetuning_events():
     LlamaIndex's own OpenAIFineTuningHandler keeps the order of starting, breaks on a failed call, and cannot be told apart
     from the students' calls once it is set globally.
     """
-    dispatcher, recorder, events = get_dispatcher(), _Recorder(events=[]), []
+    dispatcher, recorder, events = get_dispatcher(), _Recorder(chats={}), []
     dispatcher.add_event_handler(recorder)
     try:
         yield events
     finally:
         dispatcher.event_handlers.remove(recorder)
-        events.extend(sorted(recorder.events, key=lambda event: event["row"]))
+        events += [{"messages": [{"role": m.role.value, "content": m.content} for m in chat], "row": key[0]}
+                   for key, chat in sorted(recorder.chats.items(), key=lambda item: item[0][0])]
 
 
 def save_events(path: str | Path, events: list[dict]) -> None:
@@ -69,7 +72,8 @@ def check_events(path: str | Path, least: int = MIN_EXAMPLES) -> list[dict]:
     events = load_rows(path)
     for number, event in enumerate(events, 1):
         messages = event.get("messages")
-        roles = [m.get("role") for m in messages] if isinstance(messages, list) else messages
+        well_formed = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        roles = [message.get("role") for message in messages] if well_formed else messages
         if roles != ROLES:
             raise DamagedFile(f"{path}, line {number}: expected messages of the roles {', '.join(ROLES)}; found {roles}")
         for message in messages:
@@ -130,7 +134,10 @@ class LocalFinetuneEngine:
             score, reason = read_score(event["messages"][-1]["content"])
             if score is None:
                 raise DamagedFile(f"{self.data_path}, line {number}: cannot learn from the reply: {reason}")
-            items.append(read_prompt(event["messages"]))
+            try:
+                items.append(read_prompt(event["messages"]))
+            except ValueError as error:
+                raise DamagedFile(f"{self.data_path}, line {number}: {error}") from error
             scores.append(score)
         self.student = Student.fit(items, scores, alpha=self.alpha)
         self._job = LocalJob("succeeded", "minilm", Path(self.data_path).name, len(items), self.student.kinds,

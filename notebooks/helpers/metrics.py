@@ -152,8 +152,12 @@ def compare_students(rows: list[dict], teacher: str, student: str, other: str) -
     for number, members in enumerate(clusters):
         cluster[members] = number
 
+    def figures(given: np.ndarray, at: np.ndarray) -> np.ndarray:
+        x, y = truth[at], given[at]
+        return np.array([_pearson(x, y), quadratic_kappa(x, y), np.abs(x - y).mean()])
+
     def difference(a: np.ndarray, b: np.ndarray, at: np.ndarray = all_rows) -> np.ndarray:
-        return (agreement(truth[at], a[at]) - agreement(truth[at], b[at]))[[0, 2, 3]]
+        return figures(a, at) - figures(b, at)
 
     low, high = interval(rows, lambda at: difference(ours, theirs, at))
 
@@ -162,11 +166,9 @@ def compare_students(rows: list[dict], teacher: str, student: str, other: str) -
         return difference(np.where(swap, theirs, ours), np.where(swap, ours, theirs))
 
     # Sample i is the pair (0, 1) of document i: permuting within samples is exchanging the two students there.
-    sides = np.zeros(len(clusters)), np.ones(len(clusters))
-    observed = difference(ours, theirs)
+    sides, observed = (np.zeros(len(clusters)), np.ones(len(clusters))), difference(ours, theirs)
     tests = [permutation_test(sides, lambda a, b, k=k: exchanged(a, b)[k], permutation_type="samples", vectorized=False,
                               n_resamples=RESAMPLES, rng=np.random.default_rng(0)) for k in range(3)]
-    a, b = agreement(truth, ours)[[0, 2, 3]], agreement(truth, theirs)[[0, 2, 3]]
-    return pd.DataFrame({student: a, other: b, "difference": observed, "low": low, "high": high,
+    return pd.DataFrame({student: figures(ours, all_rows), other: figures(theirs, all_rows), "difference": observed, "low": low, "high": high,
                          "p": [test.pvalue for test in tests], "n": len(rows)},
                         index=pd.Index(["correlation", "kappa", "mae"], name="figure"))

@@ -1,0 +1,145 @@
+"""What is committed: the bundled snapshot, the notebooks, the README."""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+from helpers import CallLog, check_events, correctness_report, load_qrd, load_rows, read_score, with_intervals
+from helpers.snapshots import DATA
+
+CORRECTNESS = DATA / "correctness"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+JUDGES = ["teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"]
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return list(CallLog(CORRECTNESS / "calls.jsonl", "replay").rows())
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """All correctness rows: training, then test with every judge's verdict."""
+    return load_rows(CORRECTNESS / "train_qa.jsonl"), load_rows(CORRECTNESS / "test_qa_complete.jsonl")
+
+
+def test_there_is_enough_of_it(judged):
+    train, test = judged
+    assert len(train) >= 79 and len(test) >= 44 and len(train) == int(0.65 * (len(train) + len(test)))
+    assert len({row["question"] for part in judged for row in part}) == len(train) + len(test)
+
+
+def test_every_call_has_its_provenance(calls):
+    assert {call["model"] for call in calls} == {"stand-in-question-writer", "stand-in-teacher"} | {
+        f"stand-in-answerer-{persona}" for persona in ("careful", "terse", "careless", "rambling")}
+    assert all(call["finish_reason"] == "stop" and call["response"].strip() for call in calls)
+    assert not any(re.search(r"gpt-?4|gpt-?3|llama-?2|mistral", json.dumps(call), re.I) for call in calls)
+
+
+def test_every_row_comes_from_the_log(calls, judged):
+    said = collections.defaultdict(set)
+    for call in calls:
+        said[call["model"]].add(call["response"])
+    for row in judged[0] + judged[1]:
+        assert row["response_data"]["text"] in said[row["response_data"]["model"]]
+        assert row["reference"] in said["stand-in-question-writer"]
+        for evaluation in row["evaluations"]:
+            if evaluation["llm"].startswith("teacher"):
+                assert evaluation["text"] in said["stand-in-teacher"]
+                assert evaluation["score"] == read_score(evaluation["text"])[0]
+
+
+def test_the_judge_has_work_to_do(judged):
+    scores = [row["evaluations"][0]["score"] for part in judged for row in part]
+    assert None not in scores
+    assert max(collections.Counter(scores).values()) <= 0.4 * len(scores)
+    assert sum(score < 4 for score in scores) >= 0.25 * len(scores)
+
+
+def test_responses_are_not_cut_from_one_cloth(calls):
+    """Whole responses and sentences of the teacher's reasoning hardly ever recur."""
+    longer = [call["response"] for call in calls if len(call["response"]) > 60 and call["sample"] == 0]
+    assert len(set(longer)) >= 0.98 * len(longer)
+    reasons = [call["response"].split("\n", 1)[1] for call in calls if call["model"] == "stand-in-teacher" and call["sample"] == 0]
+    sentences = [sentence for reason in reasons for sentence in re.split(r"(?<=[.!?])\s+", reason.strip())]
+    assert len(set(sentences)) >= 0.97 * len(sentences)
+    openings = collections.Counter(" ".join(reason.split()[:5]) for reason in reasons)
+    assert openings.most_common(1)[0][1] <= 0.1 * len(reasons), openings.most_common(3)
+
+
+def test_the_stage_files_agree_with_each_other(judged):
+    train, test = judged
+    pairs = load_qrd(CORRECTNESS / "qrd.json")
+    assert pairs == [{"question": row["question"], "reference": row["reference"]} for row in train + test]
+    events = check_events(CORRECTNESS / "correction_finetuning_events.jsonl")
+    assert [event["messages"][2]["content"] for event in events] == [row["evaluations"][0]["text"] for row in train]
+    assert all(row["question"] in event["messages"][1]["content"] for row, event in zip(train, events))
+    short = load_rows(CORRECTNESS / "test_qa.jsonl")
+    assert short == [{**row, "evaluations": row["evaluations"][:1]} for row in test]
+    assert [e["llm"] for e in test[0]["evaluations"]] == ["teacher"] + sorted(JUDGES, key=[
+        "teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"].index)
+
+
+def test_readme_quotes_what_is_computed(judged):
+    table = with_intervals(correctness_report(judged[1], "teacher", JUDGES), ("correlation", "kappa", "mae"))
+    readme = (ROOT / "README.md").read_text()
+    for judge, line in table.iterrows():
+        quoted = next(row for row in readme.splitlines() if row.startswith(f"| `{judge}`"))
+        assert [cell.strip() for cell in quoted.split("|")][-4:-1] == line[["correlation", "kappa", "mae"]].tolist()
+    held_out = next(output.data["text/plain"] for cell in nbformat.read(NOTEBOOKS[0], 4).cells if cell.cell_type == "code"
+                    for output in cell.outputs if "city_held_out" in output.get("data", {}).get("text/plain", ""))
+    figure = re.search(r"city_held_out\s+(\d+)\s+([\d.]+ \[[^]]+\])", held_out)
+    assert f"{figure[2]} on all {figure[1]} rows" in readme
+
+
+def test_the_data_card_counts_right(calls, judged):
+    card = (ROOT / "data" / "README.md").read_text()
+    for model, count in collections.Counter(call["model"] for call in calls).items():
+        assert f"| `{model}` | {count} |" in card
+    for part, name in zip(judged, ("train", "test")):
+        assert f"{len(part)} {name}" in card
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_fit_to_be_compared(path):
+    """nbval checks none of this, and passes in vain without it."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in code:
+        assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs), cell.source
+        assert not re.search(r"^\s*[!%]", cell.source, re.M) and not cell.source.rstrip().endswith(";")
+        lines = cell.source.splitlines()
+        assert len([line for line in lines if line.strip()]) <= 22 and max(map(len, lines)) <= 95, cell.source
+    assert not re.search(r"/(root|home|tmp|Users)/", path.read_text())
+
+
+def test_importing_the_helpers_is_cheap_and_quiet():
+    program = ("import logging, sys; import helpers; heavy = {'torch', 'sklearn', 'scipy', 'matplotlib', 'openai', "
+               "'llama_index.finetuning', 'sentence_transformers', 'transformers'} & set(sys.modules); "
+               "print(sorted(heavy), logging.getLogger().handlers)")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")})
+    assert run.stdout.strip() == "[] []" and not run.stderr
+
+
+def test_imports_point_back_up_the_list():
+    order = ["snapshots", "calls", "datasets", "judging", "student", "finetuning", "metrics", "report"]
+    for number, name in enumerate(order):
+        text = (ROOT / "notebooks" / "helpers" / f"{name}.py").read_text()
+        for imported in re.findall(r"^from \.(\w+) import", text, re.M):
+            assert order.index(imported) < number, f"{name} imports {imported}"
+
+
+def test_the_pins_are_in_the_lock():
+    lock = set((ROOT / "requirements.lock").read_text().splitlines())
+    pins = re.findall(r"^(\S+==\S+)", (ROOT / "requirements.txt").read_text(), re.M)
+    assert len(pins) > 15 and not [pin for pin in pins if pin not in lock]
