@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT
-from helpers import CallLog, check_events, correctness_report, load_qrd, load_rows, read_score, with_intervals
+from helpers import CallLog, check_events, correctness_report, load_rows, read_score, with_intervals
 from helpers.snapshots import DATA
 
 CORRECTNESS = DATA / "correctness"
@@ -75,15 +75,15 @@ def test_responses_are_not_cut_from_one_cloth(calls):
 
 def test_the_stage_files_agree_with_each_other(judged):
     train, test = judged
-    pairs = load_qrd(CORRECTNESS / "qrd.json")
-    assert pairs == [{"question": row["question"], "reference": row["reference"]} for row in train + test]
+    qrd = json.loads((CORRECTNESS / "qrd.json").read_text())
+    assert list(qrd["queries"].values()) == [row["question"] for row in train + test]
+    assert qrd["responses"] == {number: row["reference"] for number, row in zip(qrd["queries"], train + test)}
     events = check_events(CORRECTNESS / "correction_finetuning_events.jsonl")
     assert [event["messages"][2]["content"] for event in events] == [row["evaluations"][0]["text"] for row in train]
     assert all(row["question"] in event["messages"][1]["content"] for row, event in zip(train, events))
     short = load_rows(CORRECTNESS / "test_qa.jsonl")
     assert short == [{**row, "evaluations": row["evaluations"][:1]} for row in test]
-    assert [e["llm"] for e in test[0]["evaluations"]] == ["teacher"] + sorted(JUDGES, key=[
-        "teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"].index)
+    assert [evaluation["llm"] for evaluation in test[0]["evaluations"]] == ["teacher", *JUDGES]
 
 
 def test_readme_quotes_what_is_computed(judged):

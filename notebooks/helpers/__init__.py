@@ -5,8 +5,7 @@ snapshots (rows, folders, the call log) -> calls (the LLM in front of it, stages
 """
 
 from .calls import CallFailed, Collected, MissingCall, fill, run_stage
-from .datasets import (SnapshotReader, answer_questions, clean_question, deal, generate_questions, load_qrd, local_embedding,
-                       save_qrd)
+from .datasets import (SnapshotReader, answer_questions, clean_question, deal, generate_questions, local_embedding, save_qrd)
 from .finetuning import LocalFinetuneEngine, check_events, count_tokens, finetuning_events, save_events, training_cost
 from .judging import judge_rows, read_score
 from .metrics import clusters_of, compare_students, correctness_report, scores_of

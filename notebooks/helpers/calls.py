@@ -74,7 +74,7 @@ class LoggedLLM(CustomLLM):
             return _response(row)
         if self._log.mode == "collect":
             self._log.collect(call)
-            raise NotAnswered(call["model"])
+            raise NotAnswered(self._log.requests_path)
         if self._log.mode == "replay":
             raise MissingCall(self._log.explain_missing(call))
         if self._live is None:
@@ -105,16 +105,15 @@ class LoggedLLM(CustomLLM):
         # Two equal calls at once would be paid twice: the second waits for the first and takes its answer.
         key = call_key(**call)
         async with self._asking.setdefault(key, asyncio.Lock()):
+            if recorded := self._recorded(call):
+                return recorded
             try:
-                if recorded := self._recorded(call):
-                    return recorded
                 response = await self._live.achat(messages, **call["params"])
             except Exception as error:
                 raise CallFailed(f"{type(error).__name__}: {error}") from error
-            else:
-                return self._keep(call, response)
             finally:
                 self._asking.pop(key, None)
+            return self._keep(call, response)
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         return _completion(self.chat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs))
@@ -186,10 +185,8 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int = 16
             failure.add_note(f"stage {stage!r}: {len(failures)} of {len(results)} rows failed; what was answered is kept")
             raise failure
     if waiting:
-        models = ", ".join(sorted({str(failure) for failure in waiting}))
-        raise Collected(f"stage {stage!r}: {len(waiting)} of {len(results)} rows wait for answers ({models}). Their requests "
-                        "are in requests.jsonl beside the call log: have them answered, merge the results with "
-                        "`make fill`, and run again.")
+        raise Collected(f"stage {stage!r}: {len(waiting)} of {len(results)} rows wait for answers. Their requests are in "
+                        f"{waiting[0]}: have them answered, merge the results with `make fill`, and run again.")
     return results
 
 

@@ -125,8 +125,3 @@ def save_qrd(path: str | Path, pairs: list[dict]) -> None:
            "responses": {str(i): pair["reference"] for i, pair in enumerate(pairs)}}
     write_text(path, json.dumps(qrd, indent=4))
 
-
-def load_qrd(path: str | Path) -> list[dict]:
-    """Read a `qrd.json` as a list of dicts of `question` and `reference`."""
-    qrd = json.loads(Path(path).read_text(encoding="utf-8"))
-    return [{"question": question, "reference": qrd["responses"][name]} for name, question in qrd["queries"].items()]
