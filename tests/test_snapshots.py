@@ -3,6 +3,7 @@
 import json
 import re
 import tracemalloc
+import warnings
 
 import pytest
 from helpers import CallLog, DamagedFile, judge_mode, load_rows, output_folder, save_rows, snapshot_folder
@@ -74,6 +75,15 @@ def test_a_torn_last_line_is_dropped_and_said_wherever_it_was_cut(path):
         assert [row["response"] for row in CallLog(path, "replay").rows()] == [f"response {i}" for i in range(4)]
 
 
+def test_what_is_torn_off_may_be_longer_than_what_follows(path):
+    with open(path, "ab") as file:
+        file.write(b'{"v": 1, "key": "' + b"x" * 5000)
+    with pytest.warns(UserWarning, match="line 4: dropped a torn last line"):
+        CallLog(path, "record").append(make_row(call(3), "response 3"))
+    with warnings.catch_warnings(action="error"):
+        assert len(CallLog(path, "replay")) == 4
+
+
 def test_a_row_that_lacks_only_its_line_end_counts(path):
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     log = CallLog(path, "record")
@@ -117,6 +127,10 @@ def test_a_second_writer_is_refused_and_nothing_is_lost(path):
     first, second = CallLog(path, "record"), CallLog(path, "record")
     first.append(make_row(call(3), "response 3"))
     with pytest.raises(RuntimeError, match="another process is recording"):
+        second.append(make_row(call(4), "response 4"))
+    assert len(CallLog(path, "replay")) == 4
+    del first  # that one has ended, but what it wrote the second has not seen
+    with pytest.raises(RuntimeError, match="or has since it was opened here"):
         second.append(make_row(call(4), "response 4"))
     assert len(CallLog(path, "replay")) == 4
 

@@ -109,8 +109,10 @@ async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQuery
     Returns:
         The pairs as correctness rows: with `response_data` of `model`, `text` and `context`, the head of the best chunk.
     """
+    if len(pairs) != len(engines):
+        raise ValueError(f"{len(pairs)} pairs and {len(engines)} engines: expected an engine a pair")
     responses = await run_stage("answers", [
-        engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines, strict=True)
+        engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines)
     ], concurrency)
     return [{"question": pair["question"], "reference": pair["reference"],
              "response_data": {"model": model, "text": str(response),

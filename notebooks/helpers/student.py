@@ -20,7 +20,6 @@ WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 STOPWORDS = frozenset("a an and are as at be been but by did do does for from had has have he her him his how i in into is it "
                       "its no not of on or our she so than that the their them then there these they this to was we were what "
                       "when where which while who whom whose why will with would you your".split())
-DIGITS = 4  # features are rounded, so that float noise between machines moves no verdict
 STRENGTHS = (0.01, 0.03, 0.1)
 FOLDS = 5
 
@@ -102,7 +101,7 @@ def featurize(items: list[Item], kinds: str) -> np.ndarray:
     if kinds != "lexical":
         question, reference, answer = (embed([item[i] for item in items]) for i in range(3))
         columns.append(np.stack([(reference * answer).sum(1), (question * answer).sum(1), (question * reference).sum(1)], axis=1))
-    return np.round(np.concatenate(columns, axis=1), DIGITS)
+    return np.concatenate(columns, axis=1)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -213,7 +212,10 @@ class Student:
         return self._predict(featurize(items, self.kinds))
 
     def scores(self, items: list[Item]) -> np.ndarray:
-        """The expected score of each item under the student's distribution, to one decimal, shape (items,)."""
+        """The expected score of each item under the student's distribution, shape (items,).
+
+        To one decimal: finer ones would differ between machines, by float noise alone.
+        """
         return np.round(self.probabilities(items) @ self.labels, 1)
 
     def save(self, path: str | Path) -> None:
@@ -285,7 +287,7 @@ def untrained_judges(constant: float) -> dict[str, LocalJudge]:
     - `constant`: always the same score (give it the training rows' median).
     """
     rules = {
-        "base": lambda item: (_from_share(float(np.round(np.dot(*embed([item[1], item[2]])), DIGITS))), "Cosine of the embeddings."),
+        "base": lambda item: (_from_share(float(np.dot(*embed([item[1], item[2]])))), "Cosine of the embeddings."),
         "overlap": lambda item: (_from_share(overlap(item[1], item[2])), "Words in common."),
         "longer": lambda item: (_from_share(len(WORD.findall(item[2])) / 60), "Length."),
         "constant": lambda item: (constant, "Always this."),

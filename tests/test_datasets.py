@@ -1,0 +1,109 @@
+"""Documents, questions, answers."""
+
+import asyncio
+
+import pytest
+from fake import FakeLive
+from helpers import CallLog, SnapshotReader, answer_questions, clean_question, deal, generate_questions, load_rows
+from helpers.snapshots import DATA
+from llama_index.core import Document, SummaryIndex
+from llama_index.core.evaluation import DatasetGenerator
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.readers.base import BaseReader
+
+
+@pytest.mark.parametrize("reply", ["Who was he?", "Question: Who was he?", "**Question:** Who was he?", "1. Who was he?",
+                                   "Sure, here is a question:\n\n1) Who was he?\n2) Who was she?", "question:  Who was he?  "])
+def test_a_question_is_freed_of_what_models_put_before_it(reply):
+    assert clean_question(reply) == "Who was he?"
+
+
+def test_a_reply_without_a_question_is_an_error():
+    with pytest.raises(ValueError, match="no question in the reply 'I cannot.'"):
+        clean_question("I cannot.")
+
+
+def test_dealing_takes_turns():
+    assert deal([["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]) == ["a1", "b1", "c1", "a2", "c2", "a3"]
+    assert deal([]) == deal([[], []]) == []
+
+
+def test_the_bundled_pages_are_read_by_title():
+    [document] = SnapshotReader().load_data(pages=["History of Paris"])
+    assert document.metadata == {"title": "History of Paris"} and "Lutetia" in document.text
+    with pytest.raises(FileNotFoundError, match=r"no page 'History of Oslo' .*History_of_Oslo.txt"):
+        SnapshotReader().load_data(pages=["History of Paris", "History of Oslo"])
+
+
+class Live(BaseReader):
+    """A WikipediaReader that says how often it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def load_data(self, pages, **kwargs):
+        self.asked.append((pages, kwargs))
+        return [Document(text=f"All about {pages[0]}.")]
+
+
+def test_a_live_reader_is_asked_once_and_its_pages_are_frozen(monkeypatch, tmp_path):
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path))
+    monkeypatch.setenv("JUDGE_MODE", "record")
+    live = Live()
+    for _ in range(2):
+        documents = SnapshotReader(live).load_data(pages=["Oslo", "Bergen"], auto_suggest=False)
+    assert [document.text for document in documents] == ["All about Oslo.", "All about Bergen."]
+    assert live.asked == [(["Oslo"], {"auto_suggest": False}), (["Bergen"], {"auto_suggest": False})]
+    monkeypatch.setenv("JUDGE_MODE", "replay")
+    assert SnapshotReader(live).load_data(pages=["Oslo"])[0].text == "All about Oslo."
+    with pytest.raises(FileNotFoundError, match="no page 'Trondheim'"):
+        SnapshotReader(live).load_data(pages=["Trondheim"])
+    assert len(live.asked) == 2
+
+
+def test_a_snapshot_without_documents_uses_the_bundled_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path))
+    monkeypatch.setenv("JUDGE_MODE", "record")
+    assert SnapshotReader().load_data(pages=["History of Tokyo"])[0].text == (DATA / "documents" / "History_of_Tokyo.txt").read_text()
+
+
+def nodes():
+    documents = [Document(text=f"Fact {i} is so.", metadata={"title": f"Page {i}"}) for i in range(3)]
+    return SentenceSplitter().get_nodes_from_documents(documents)
+
+
+class Writer(FakeLive):
+    def chat(self, messages, **kwargs):
+        response = super().chat(messages)
+        if "generate only questions" in messages[-1].content:
+            response.message.content = f"Question: What of {messages[-1].content.split('Fact ')[1][0]}?"
+        return response
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_prompts_are_those_of_llama_index_s_generator(tmp_path):
+    """What DatasetGenerator sends for a node, ours sends too."""
+    log = CallLog(tmp_path / "ours.jsonl", "record")
+    pairs = asyncio.run(generate_questions(nodes(), log.llm("m", Writer()), "Ask one thing."))
+    ours = {row["messages"][-1]["content"] for row in load_rows(log.path)}
+    theirs_log = CallLog(tmp_path / "theirs.jsonl", "record")
+    generator = DatasetGenerator(nodes=nodes(), llm=theirs_log.llm("m", Writer()), question_gen_query="Ask one thing.")
+    questions = asyncio.run(generator.agenerate_questions_from_nodes())
+    theirs = {row["messages"][-1]["content"] for row in load_rows(theirs_log.path)}
+    assert theirs == {prompt for prompt in ours if "generate only questions" in prompt}
+    assert questions == [f"Question: {pair['question']}" for pair in pairs]  # they keep the prefix
+    assert [pair["document"] for pair in pairs] == ["Page 0", "Page 1", "Page 2"]
+
+
+def test_each_engine_answers_its_question(tmp_path):
+    log = CallLog(tmp_path / "c.jsonl", "record")
+    all_nodes = nodes()
+    engines = [(f"m{i}", SummaryIndex(all_nodes).as_query_engine(llm=log.llm(f"m{i}", FakeLive(), system_prompt=f"You are {i}.")))
+               for i in range(3)]
+    pairs = [{"question": f"What of {i}?", "reference": "So.", "document": f"Page {i}"} for i in range(3)]
+    rows = asyncio.run(answer_questions(pairs, engines))
+    assert [row["response_data"]["model"] for row in rows] == ["m0", "m1", "m2"]
+    assert [row["messages"][0]["content"] for row in load_rows(log.path)] == ["You are 0.", "You are 1.", "You are 2."]
+    assert rows[2]["response_data"]["context"] == "Fact 0 is so...." and rows[2]["document"] == "Page 2"
+    with pytest.raises(ValueError, match="3 pairs and 2 engines"):
+        asyncio.run(answer_questions(pairs, engines[:2]))
