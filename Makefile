@@ -5,7 +5,7 @@ NOTEBOOK ?=
 export PYTHONPATH := notebooks
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help run test lab bench record collect fill notebooks lock clean
+.PHONY: help run test lab bench record collect fill published notebooks lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,9 @@ collect: .venv/installed ## write out the next stage's calls, to be answered els
 
 fill: .venv/installed ## merge answers into a log: make fill LOG=data/mine/correctness/calls.jsonl RESULTS=results.jsonl
 	@$(BIN)/python -m helpers fill $(LOG) $(RESULTS)
+
+published: .venv/installed ## download the real verdicts and texts of the published run of 2023 into data/published
+	@$(BIN)/python -m helpers published
 
 notebooks: .venv/installed ## for maintainers: run the notebooks and write their outputs back into notebooks/
 	@$(BIN)/python -m helpers run --in-place $(NOTEBOOK)

@@ -10,17 +10,26 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT
-from helpers import CallLog, check_events, correctness_report, load_rows, read_score, with_intervals
+from helpers import (CallLog, check_events, correctness_report, load_rows, pairwise_report, read_score, resolve_orders,
+                     resolve_pairwise_events, with_intervals)
 from helpers.snapshots import DATA
 
-CORRECTNESS = DATA / "correctness"
+CORRECTNESS, PAIRWISE = DATA / "correctness", DATA / "pairwise"
+ANSWERERS = {f"stand-in-answerer-{persona}" for persona in ("careful", "terse", "careless", "rambling")}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAIR_JUDGES = ["fine_tuned", "base", "longer", "overlap", "first"]
 JUDGES = ["teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"]
 
 
+@pytest.fixture(scope="module", params=[CORRECTNESS, PAIRWISE], ids=lambda folder: folder.name)
+def calls(request):
+    return list(CallLog(request.param / "calls.jsonl", "replay").rows())
+
+
 @pytest.fixture(scope="module")
-def calls():
-    return list(CallLog(CORRECTNESS / "calls.jsonl", "replay").rows())
+def pairs():
+    """All pairwise rows: training, then test with every judge's verdict."""
+    return load_rows(PAIRWISE / "train_qa.jsonl"), load_rows(PAIRWISE / "test_qa_complete.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +45,20 @@ def test_there_is_enough_of_it(judged):
 
 
 def test_every_call_has_its_provenance(calls):
-    assert {call["model"] for call in calls} == {"stand-in-question-writer", "stand-in-teacher"} | {
-        f"stand-in-answerer-{persona}" for persona in ("careful", "terse", "careless", "rambling")}
+    assert {call["model"] for call in calls} == {"stand-in-question-writer", "stand-in-teacher"} | ANSWERERS
     assert all(call["finish_reason"] == "stop" and call["response"].strip() for call in calls)
     assert not any(re.search(r"gpt-?4|gpt-?3|llama-?2|mistral", json.dumps(call), re.I) for call in calls)
 
 
-def test_every_row_comes_from_the_log(calls, judged):
+def responses(folder) -> dict[str, set]:
     said = collections.defaultdict(set)
-    for call in calls:
+    for call in CallLog(folder / "calls.jsonl", "replay").rows():
         said[call["model"]].add(call["response"])
+    return said
+
+
+def test_every_correctness_row_comes_from_the_log(judged):
+    said = responses(CORRECTNESS)
     for row in judged[0] + judged[1]:
         assert row["response_data"]["text"] in said[row["response_data"]["model"]]
         assert row["reference"] in said["stand-in-question-writer"]
@@ -53,6 +66,31 @@ def test_every_row_comes_from_the_log(calls, judged):
             if evaluation["llm"].startswith("teacher"):
                 assert evaluation["text"] in said["stand-in-teacher"]
                 assert evaluation["score"] == read_score(evaluation["text"])[0]
+
+
+def test_every_pair_comes_from_the_log(pairs):
+    said = responses(PAIRWISE)
+    for row in pairs[0] + pairs[1]:
+        assert all(answer["text"] in said[answer["model"]] for answer in row["answers"])
+        teacher = row["evaluations"][0]
+        assert teacher["llm"] == "teacher" and teacher["text"] in said["stand-in-teacher"]
+        assert (teacher["score"], teacher["source"]) == resolve_orders(*teacher["verdicts"])
+
+
+def test_there_are_pairs_enough_and_no_document_on_both_sides(pairs):
+    train, test = pairs
+    assert len(train) >= 75 and len(test) >= 64
+    assert not {row["document"] for row in train} & {row["document"] for row in test}
+    decided = collections.Counter(tuple(row["evaluations"][0]["verdicts"]) for row in train + test)
+    assert decided["A", "B"] >= 0.2 * decided.total() <= 5 * decided["B", "A"], "one place wins nearly always"
+
+
+def test_the_pairwise_stage_files_agree_with_each_other(pairs):
+    train, test = pairs
+    chats = load_rows(PAIRWISE / "pairwise_finetuning_events.jsonl")
+    assert len(chats) == 2 * len(train)
+    assert check_events(PAIRWISE / "resolved_pairwise_finetuning_events.jsonl") == resolve_pairwise_events(chats, train)
+    assert load_rows(PAIRWISE / "test_qa.jsonl") == [{**row, "evaluations": row["evaluations"][:1]} for row in test]
 
 
 def test_the_judge_has_work_to_do(judged):
@@ -66,9 +104,11 @@ def test_responses_are_not_cut_from_one_cloth(calls):
     """Whole responses and sentences of the teacher's reasoning hardly ever recur."""
     longer = [call["response"] for call in calls if len(call["response"]) > 60 and call["sample"] == 0]
     assert len(set(longer)) >= 0.98 * len(longer)
-    reasons = [call["response"].split("\n", 1)[1] for call in calls if call["model"] == "stand-in-teacher" and call["sample"] == 0]
+    reasons = [re.sub(r"^[\d.]+\n|\n+.*\[\[.\]\].*$", "", call["response"]) for call in calls
+               if call["model"] == "stand-in-teacher" and call["sample"] == 0]
     sentences = [sentence for reason in reasons for sentence in re.split(r"(?<=[.!?])\s+", reason.strip())]
-    assert len(set(sentences)) >= 0.97 * len(sentences)
+    sentences = [sentence for sentence in sentences if len(sentence.split()) > 6]  # "Assistant B is better." is anyone's
+    assert len(set(sentences)) >= 0.98 * len(sentences)
     openings = collections.Counter(" ".join(reason.split()[:5]) for reason in reasons)
     assert openings.most_common(1)[0][1] <= 0.1 * len(reasons), openings.most_common(3)
 
@@ -86,24 +126,39 @@ def test_the_stage_files_agree_with_each_other(judged):
     assert [evaluation["llm"] for evaluation in test[0]["evaluations"]] == ["teacher", *JUDGES]
 
 
-def test_readme_quotes_what_is_computed(judged):
-    table = with_intervals(correctness_report(judged[1], "teacher", JUDGES), ("correlation", "kappa", "mae"))
-    readme = (ROOT / "README.md").read_text()
+def quoted(judge: str, section: str) -> list[str]:
+    """The cells of a judge's line in one of the README's tables."""
+    text = (ROOT / "README.md").read_text().split(f"<!-- {section} -->")[1]
+    line = next(line for line in text.splitlines() if line.startswith(f"| `{judge}`"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_readme_quotes_what_is_computed(judged, pairs):
+    metrics = ("correlation", "kappa", "mae")
+    table = with_intervals(correctness_report(judged[1], "teacher", JUDGES), metrics)
     for judge, line in table.iterrows():
-        quoted = next(row for row in readme.splitlines() if row.startswith(f"| `{judge}`"))
-        assert [cell.strip() for cell in quoted.split("|")][-4:-1] == line[["correlation", "kappa", "mae"]].tolist()
+        assert quoted(judge, "correctness") == line[list(metrics)].tolist()
     held_out = next(output.data["text/plain"] for cell in nbformat.read(NOTEBOOKS[0], 4).cells if cell.cell_type == "code"
                     for output in cell.outputs if "city_held_out" in output.get("data", {}).get("text/plain", ""))
     figure = re.search(r"city_held_out\s+(\d+)\s+([\d.]+ \[[^]]+\])", held_out)
-    assert f"{figure[2]} on all {figure[1]} rows" in readme
+    assert f"{figure[2]} on all {figure[1]} rows" in (ROOT / "README.md").read_text()
+    table = with_intervals(pairwise_report(pairs[1], "teacher", PAIR_JUDGES), ("coverage", "agreement_overall"))
+    for judge, line in table.iterrows():
+        assert quoted(judge, "pairwise") == line[["coverage", "agreement_overall"]].tolist()
+    published = load_rows(PAIRWISE / "published_verdicts.jsonl")
+    for flipped, shown in (("as_published", "as published"), ("corrected", "turned right")):
+        report = pairwise_report(published, "gpt_4", ["ft_gpt_3p5", "gpt_3p5"], flipped=flipped)
+        cells = [f"{line.agreements} of {line.compared}, {line.agreements} of 60" for line in report.itertuples()]
+        assert quoted(shown, "published") == cells
 
 
-def test_the_data_card_counts_right(calls, judged):
+def test_the_data_card_counts_right(judged, pairs):
     card = (ROOT / "data" / "README.md").read_text()
-    for model, count in collections.Counter(call["model"] for call in calls).items():
-        assert f"| `{model}` | {count} |" in card
-    for part, name in zip(judged, ("train", "test")):
-        assert f"{len(part)} {name}" in card
+    counts = [collections.Counter(call["model"] for call in CallLog(folder / "calls.jsonl", "replay").rows()) for folder in (CORRECTNESS, PAIRWISE)]
+    for model in counts[0]:
+        assert f"| `{model}` | {counts[0][model]} | {counts[1][model]} |" in card
+    for parts in (judged, pairs):
+        assert f"{len(parts[0])} train and {len(parts[1])} test" in card
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -132,7 +187,7 @@ def test_importing_the_helpers_is_cheap_and_quiet():
 
 
 def test_imports_point_back_up_the_list():
-    order = ["snapshots", "calls", "datasets", "judging", "student", "finetuning", "metrics", "report"]
+    order = ["snapshots", "calls", "datasets", "judging", "student", "pairs", "finetuning", "metrics", "pair_metrics", "report"]
     for number, name in enumerate(order):
         text = (ROOT / "notebooks" / "helpers" / f"{name}.py").read_text()
         for imported in re.findall(r"^from \.(\w+) import", text, re.M):

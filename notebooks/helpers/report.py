@@ -26,8 +26,22 @@ def with_intervals(report: pd.DataFrame, metrics: tuple = METRICS, digits: int =
             return "–"
         return f"{figure:.{digits}f}" if np.isnan(low) else f"{figure:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-    table = {"n": report["n"], **{metric: [text(row, metric) for _, row in report.iterrows()] for metric in metrics}}
+    counts = {column: report[column] for column in report.columns if pd.api.types.is_integer_dtype(report[column])}
+    table = {**counts, **{metric: [text(row, metric) for _, row in report.iterrows()] for metric in metrics}}
     return pd.DataFrame(table, index=report.index)
+
+
+def show_pair(row: dict, judge: str):
+    """One pairwise judgement as a table: question, source, both answers, both verdicts and the judge's words."""
+    evaluation = next(evaluation for evaluation in row["evaluations"] if evaluation["llm"] == judge)
+    first, second = row["answers"]
+    verdicts = " then, flipped, ".join(f"[[{verdict}]]" for verdict in evaluation["verdicts"])
+    table = pd.DataFrame({"": {
+        "question": row["question"], "source": row["source"], f"first: {first['model']}": first["text"],
+        f"second: {second['model']}": second["text"], "verdicts": verdicts, "score, by": f"{evaluation['score']}, {evaluation['source']}",
+        f"{judge}": evaluation["text"]}})
+    # With a name of its own the table is the same in each run: Styler makes one up otherwise.
+    return table.style.set_uuid("pair").set_properties(**{"text-align": "left", "white-space": "pre-wrap"}).hide(axis="columns")
 
 
 def invalid_judgements(rows: list[dict]) -> pd.DataFrame:
@@ -79,6 +93,20 @@ def plot_judges(report: pd.DataFrame, metrics: tuple = ("correlation", "kappa", 
         axis.set(title=metric, yticks=places, yticklabels=report.index if axis is axes[0] else [""] * len(report))
         axis.set_ylim(-0.6, len(report) - 0.4)
         axis.grid(axis="x", color="#e5e5e5")
+    _show(figure)
+
+
+def plot_orders(tables: dict[str, pd.DataFrame]) -> None:
+    """Verdicts in the two orders, 3 x 3, one panel a judge (`order_table`). Off the diagonal, the order changed the mind."""
+    figure, axes = _axes(len(tables), width=3.2, height=3.4)
+    for axis, (judge, table) in zip(axes, tables.items()):
+        axis.imshow(table, cmap="Blues", vmin=0, vmax=max(1, int(max(t.to_numpy().max() for t in tables.values()))))
+        for i, j in np.ndindex(table.shape):
+            count = table.iloc[i, j]
+            axis.text(j, i, str(count) if count else "", ha="center", va="center", color="white" if count > 20 else "black")
+        axis.set(title=judge, xticks=range(3), xticklabels=table.columns, yticks=range(3), yticklabels=table.index,
+                 xlabel="flipped order says")
+    axes[0].set_ylabel("original order says")
     _show(figure)
 
 

@@ -53,15 +53,12 @@ def overlap(reference: str, answer: str) -> float:
     return 2 * len(wanted & given) / (len(wanted) + len(given)) if wanted or given else 1.0
 
 
-_vectors: dict[str, np.ndarray] = {}
-
-
 def embed(texts: list[str]) -> np.ndarray:
     """Unit vectors of the local encoder, shape (texts, 384). Each text is encoded once a process."""
-    new = [text for text in dict.fromkeys(texts) if text not in _vectors]
-    if new:
-        _vectors.update(zip(new, np.array(local_embedding().get_text_embedding_batch(new))))
-    return np.array([_vectors[text] for text in texts])
+    # By length, since a batch takes as long as its longest text makes it.
+    new = sorted(set(texts), key=lambda text: (len(text), text))
+    vectors = dict(zip(new, local_embedding().get_text_embedding_batch(new)))
+    return np.array([vectors[text] for text in texts])
 
 
 def _share(part: set, whole: set) -> float:
@@ -141,14 +138,32 @@ def distillation_loss(weights: np.ndarray, x: np.ndarray, hard: np.ndarray, soft
     return loss, gradient.ravel()
 
 
-def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, **settings: float) -> np.ndarray:
-    """The weights, (features + 1, verdicts), that minimise `distillation_loss`; found by L-BFGS from zero."""
+def check_settings(alpha: float, temperature: float) -> None:
+    """Raise ValueError where the loss is not defined."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha}: expected 0 to 1, the share of the hard labels")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected above 0")
+
+
+def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, basis: np.ndarray | None = None, **settings: float) -> np.ndarray:
+    """The weights, (features + 1, verdicts), that minimise `distillation_loss`; found by L-BFGS from zero.
+
+    `basis`, (weights, parameters), ties weights together: the weights searched are basis @ parameters.
+    """
     from scipy.optimize import minimize
 
-    start = np.zeros((x.shape[1] + 1) * hard.shape[1])
-    found = minimize(lambda w: distillation_loss(w, x, hard, soft, **settings), start, jac=True, method="L-BFGS-B",
-                     options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7})
-    return found.x.reshape(x.shape[1] + 1, hard.shape[1])
+    shape = x.shape[1] + 1, hard.shape[1]
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        if basis is None:
+            return distillation_loss(parameters, x, hard, soft, **settings)
+        value, gradient = distillation_loss(basis @ parameters, x, hard, soft, **settings)
+        return value, basis.T @ gradient
+
+    start = np.zeros(np.prod(shape) if basis is None else basis.shape[1])
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7}).x
+    return (found if basis is None else basis @ found).reshape(shape)
 
 
 @dataclass
@@ -174,10 +189,7 @@ class Student:
         Raises:
             ValueError: alpha or temperature out of range, or too little to learn from.
         """
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha={alpha}: expected 0 to 1, the share of the hard labels")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: expected above 0")
+        check_settings(alpha, temperature)
         labels = np.unique(scores)
         if len(labels) < 2:
             raise ValueError(f"all {len(items)} rows have the score {labels[0]:g}: there is nothing to tell apart")
@@ -251,7 +263,7 @@ class LocalJudge(CustomLLM):
     """
 
     model_name: str
-    _judge: Callable[[Item], tuple[float, str]] = PrivateAttr()
+    _judge: Callable = PrivateAttr()
 
     def __init__(self, judge: Callable[[Item], tuple[float, str]], **settings: Any) -> None:
         super().__init__(**settings)
@@ -263,8 +275,12 @@ class LocalJudge(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
-        score, reason = self._judge(read_prompt([{"role": m.role.value, "content": m.content} for m in messages]))
-        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=f"{score:.1f}\n{reason}"))
+        reply = self._reply([{"role": m.role.value, "content": m.content} for m in messages])
+        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=reply))
+
+    def _reply(self, messages: list[dict]) -> str:
+        score, reason = self._judge(read_prompt(messages))
+        return f"{score:.1f}\n{reason}"
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         return CompletionResponse(text=self.chat([ChatMessage(role=MessageRole.USER, content=prompt)]).message.content)

@@ -1,0 +1,60 @@
+"""The published run of 2023: downloads its files from the public history of LlamaIndex's repository (MIT licence)."""
+
+import hashlib
+import http.client
+import os
+import urllib.request
+from pathlib import Path
+
+from .snapshots import DATA
+
+COMMIT = "6d495ce03f8457fa0b5dd23d4b0501808c12954b"
+URL = f"https://raw.githubusercontent.com/run-llama/llama_index/{COMMIT}/docs/examples/finetuning/llm_judge"
+FOLDER = DATA / "published"
+FILES = {
+    "pairwise/train_qa.jsonl": "9dd4e0731f9ec607a36b8533bd8f42570d4529a390f499c3408e3bdd780d0c9f",
+    "pairwise/pairwise_finetuning_events.jsonl": "eff41158407195c0c3af4e224c81fd56c217a273b7c8cee1a685f7486510e6dd",
+    "pairwise/resolved_pairwise_finetuning_events.jsonl": "9a87daedc57aeb35220c112af8da5115e6389b477bc4bb7e20d68ebf4e51533d",
+    "pairwise/test_qa.jsonl": "3e52d9189ed5bea334964ec5107a52f6dcdc335a3d1aff3dc2b05efdf1540503",
+    "pairwise/test_qa_complete.jsonl": "ae081df0ce6f3d53b44afe213047166cfbd3818f85b12a612a497f9a10608ec0",
+    "correction/correction_finetuning_events.jsonl": "5d813687a33105b071e905ed9d667d308683d944c0a333688fcc9293bd660bb1",
+    "correction/qrd.json": "304a18eb40d441c887f19d39c2a38ae1420eb6c85bf2e65ced0dc498941a4d00",
+}
+
+
+def download(url: str | None = None, folder: Path = FOLDER, timeout: float = 60) -> list[str]:
+    """Fetch the seven files into `folder`, each checked before it is put in place. What is there already is left alone.
+
+    Args:
+        url: the folder that they lie in (http, https or file); by default `PUBLISHED_URL`, or else the public commit.
+
+    Returns:
+        What went wrong, a line a file; such a file is not in place, and nothing of it is left.
+    """
+    url = (url or os.environ.get("PUBLISHED_URL") or URL).rstrip("/")
+    wrong = []
+    for name, expected in FILES.items():
+        path = folder / name
+        if path.exists():
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != expected:
+                wrong.append(f"{path}: is there, but its SHA-256 is {found[:12]}…, expected {expected[:12]}…; remove it to fetch it anew")
+            continue
+        draft = path.with_name(path.name + ".part")
+        try:
+            with urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response:
+                data, length = response.read(), response.headers.get("Content-Length")
+            if length and len(data) < int(length):
+                raise ConnectionError(f"the connection broke after {len(data)} of {length} bytes")
+            found = hashlib.sha256(data).hexdigest()
+            if found != expected:
+                raise ValueError(f"its SHA-256 is {found[:12]}…, expected {expected[:12]}…")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                draft.write_bytes(data)
+                os.replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+            wrong.append(f"{url}/{name}: {error}")
+    return wrong

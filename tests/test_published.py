@@ -1,0 +1,98 @@
+"""The download of the published run."""
+
+import hashlib
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from helpers import published
+
+TEXTS = {name: f"{name}\n".encode() * 1000 for name in list(published.FILES)[:3]}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(published, "FILES", {name: hashlib.sha256(text).hexdigest() for name, text in TEXTS.items()})
+
+
+@pytest.fixture
+def base(tmp_path):
+    for name, text in TEXTS.items():
+        path = tmp_path / "mirror" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text)
+    return tmp_path / "mirror"
+
+
+def left_behind(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_all_files_come_and_a_second_run_fetches_nothing(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("PUBLISHED_URL", base.as_uri())
+    assert published.download(folder=tmp_path / "new") == []
+    assert left_behind(tmp_path / "new") == sorted(TEXTS)
+    monkeypatch.setenv("PUBLISHED_URL", "file:///nowhere")
+    assert published.download(folder=tmp_path / "new") == []
+
+
+def test_a_wrong_checksum_and_a_missing_file_leave_nothing_and_stop_nothing(base, tmp_path):
+    first, second, third = TEXTS
+    (base / first).write_bytes(b"something else")
+    (base / second).unlink()
+    wrong = published.download(base.as_uri(), tmp_path / "new")
+    assert left_behind(tmp_path / "new") == [third]
+    assert len(wrong) == 2 and first in wrong[0] and "SHA-256" in wrong[0] and second in wrong[1]
+    (base / first).write_bytes(TEXTS[first])
+    (base / second).write_bytes(TEXTS[second])
+    assert published.download(base.as_uri(), tmp_path / "new") == [] and left_behind(tmp_path / "new") == sorted(TEXTS)
+
+
+def test_a_file_that_was_changed_is_said_and_left(base, tmp_path):
+    published.download(base.as_uri(), tmp_path / "new")
+    changed = tmp_path / "new" / list(TEXTS)[0]
+    changed.write_text("mine")
+    assert "remove it to fetch it anew" in published.download(base.as_uri(), tmp_path / "new")[0]
+    assert changed.read_text() == "mine"
+
+
+@pytest.mark.parametrize("fault, said", [("404", "404"), ("cut", "after|IncompleteRead"), ("ok", None)])
+def test_over_http(tmp_path, fault, said):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            text = TEXTS[self.path.lstrip("/")]
+            self.send_response(404 if fault == "404" else 200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text[:100] if fault == "cut" else text)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        wrong = published.download(f"http://127.0.0.1:{server.server_port}", tmp_path / "new", timeout=10)
+    finally:
+        server.shutdown()
+        server.server_close()
+    if said:
+        import re
+
+        assert len(wrong) == 3 and all(re.search(said, line) for line in wrong) and left_behind(tmp_path) == []
+    else:
+        assert wrong == [] and left_behind(tmp_path / "new") == sorted(TEXTS)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(base, tmp_path):
+    (tmp_path / "new").write_text("a file where the folder should be")
+    wrong = published.download(base.as_uri(), tmp_path / "new")
+    assert len(wrong) == 3 and (tmp_path / "new").read_text() == "a file where the folder should be"
+
+
+def test_the_list_is_the_seven_files_of_one_commit(monkeypatch):
+    monkeypatch.undo()
+    assert len(published.FILES) == 7 and all(len(digest) == 64 for digest in published.FILES.values())
+    assert len(published.COMMIT) == 40 and published.COMMIT in published.URL
+    assert os.path.isabs(published.FOLDER)
