@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from fake import FakeLive
-from helpers import (CallLog, DamagedFile, LocalFinetuneEngine, PairJudge, PairStudent, answer_pairs, check_events,
+from helpers import (CallLog, DamagedFile, answer_lengths, LocalFinetuneEngine, PairJudge, PairStudent, answer_pairs, check_events,
                      compare_pair_students, finetuning_events, judge_rows, length_report, load_rows, order_table, pair_scores,
                      pairwise_report, position_report, read_pair_prompt, read_verdict, resolve_orders, resolve_pairwise_events,
                      save_events, show_pair, untrained_pair_judges)
@@ -354,7 +354,10 @@ def test_the_published_figures_come_out_to_every_digit():
     right = pairwise_report(rows, "gpt_4", students)
     assert right["agreements"].tolist() == [44, 34] and right["correlation"].round(4).tolist() == [0.8932, 0.7971]
     assert (right["agreement_overall"] * 60).round(9).tolist() == [44, 34]
-    assert int(np.isnan(pair_scores(rows, "gpt_4")[0]).sum()) == 4
+    truth = pair_scores(rows, "gpt_4")[0]
+    assert int(np.isnan(truth).sum()) == 4
+    longer = np.array([0.5 + 0.5 * np.sign(first - second) for first, second in map(answer_lengths, rows)])
+    assert (longer == truth).sum() == 45
 
 
 def test_published_rows_load_and_train_as_they_are(tmp_path):

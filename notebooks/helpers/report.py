@@ -99,11 +99,12 @@ def plot_judges(report: pd.DataFrame, metrics: tuple = ("correlation", "kappa", 
 def plot_orders(tables: dict[str, pd.DataFrame]) -> None:
     """Verdicts in the two orders, 3 x 3, one panel a judge (`order_table`). Off the diagonal, the order changed the mind."""
     figure, axes = _axes(len(tables), width=3.2, height=3.4)
+    most = max(int(table.to_numpy().max()) for table in tables.values())
     for axis, (judge, table) in zip(axes, tables.items()):
-        axis.imshow(table, cmap="Blues", vmin=0, vmax=max(1, int(max(t.to_numpy().max() for t in tables.values()))))
+        axis.imshow(table, cmap="Blues", vmin=0, vmax=max(1, most))
         for i, j in np.ndindex(table.shape):
             count = table.iloc[i, j]
-            axis.text(j, i, str(count) if count else "", ha="center", va="center", color="white" if count > 20 else "black")
+            axis.text(j, i, str(count) if count else "", ha="center", va="center", color="white" if count > most / 2 else "black")
         axis.set(title=judge, xticks=range(3), xticklabels=table.columns, yticks=range(3), yticklabels=table.index,
                  xlabel="flipped order says")
     axes[0].set_ylabel("original order says")
