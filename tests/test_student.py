@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from helpers import CallLog, LocalJudge, Student, distillation_loss, embed, items_of, load_rows, read_prompt, scores_of, untrained_judges
+from helpers import LocalJudge, Student, distillation_loss, embed, items_of, load_rows, read_prompt, scores_of, untrained_judges
 from helpers import student as module
 from helpers.snapshots import DATA
 from helpers.student import _softmax, fit_head

@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable
 
 import numpy as np
 
-from .student import FOLDS, WORD, LocalJudge, _names, _numbers, _share, _softmax, check_settings, embed, fit_head, overlap, words
+from .student import FOLDS, WORD, LocalJudge, Saved, _names, _numbers, _share, _softmax, check_settings, embed, fit_head, overlap, words
 
 Pair = tuple[str, str, str, str]  # question, source, first answer, second answer
 
@@ -75,7 +74,7 @@ def _basis(differences: int, likenesses: int) -> np.ndarray:
 
 
 @dataclass
-class PairStudent:
+class PairStudent(Saved):
     """A trained pairwise judge, antisymmetric by construction: swap the answers, and P(A) and P(B) swap, to the bit.
 
     `kinds` of features; `scale` of the differences; `mean` and `spread` of the likenesses; `weights` of the head.
@@ -142,16 +141,6 @@ class PairStudent:
         """The likeliest of "A", "B" and "C" for each pair."""
         # Between equal P(A) and P(B) no order may decide: that is a tie.
         return ["C" if max(a, b) <= c or a == b else "A" if a > b else "B" for a, b, c in self.probabilities(pairs)]
-
-    def save(self, path: str | Path) -> None:
-        """Write the student to an `.npz` file."""
-        np.savez(path, **{**vars(self), "kinds": np.array(self.kinds)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PairStudent":
-        """Read what `save` wrote; nothing in the file is executed."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(**{**{name: file[name] for name in file.files}, "kinds": str(file["kinds"])})
 
     def llm(self, name: str = "local-pair-student") -> "PairJudge":
         """The student as a LlamaIndex LLM, for `PairwiseComparisonEvaluator(llm=...)`."""

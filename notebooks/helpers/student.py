@@ -166,8 +166,22 @@ def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, basis: np.ndarra
     return (found if basis is None else basis @ found).reshape(shape)
 
 
+class Saved:
+    """A student that can be written to a file: `kinds` of features, and arrays."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the student to an `.npz` file."""
+        np.savez(path, **{**vars(self), "kinds": np.array(self.kinds)})
+
+    @classmethod
+    def load(cls, path: str | Path):
+        """Read what `save` wrote; nothing in the file is executed."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(**{**{name: file[name] for name in file.files}, "kinds": str(file["kinds"])})
+
+
 @dataclass
-class Student:
+class Student(Saved):
     """A trained judge: `kinds` of features, their `mean` and `scale`, head `weights`, the verdicts' `labels`."""
 
     kinds: str
@@ -229,16 +243,6 @@ class Student:
         To one decimal: finer ones would differ between machines, by float noise alone.
         """
         return np.round(self.probabilities(items) @ self.labels, 1)
-
-    def save(self, path: str | Path) -> None:
-        """Write the student to an `.npz` file."""
-        np.savez(path, **{**vars(self), "kinds": np.array(self.kinds)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Student":
-        """Read what `save` wrote; nothing in the file is executed."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(**{**{name: file[name] for name in file.files}, "kinds": str(file["kinds"])})
 
     def llm(self, name: str = "local-student") -> "LocalJudge":
         """The student as a LlamaIndex LLM, for `CorrectnessEvaluator(llm=...)`."""
