@@ -211,6 +211,13 @@ def test_swapping_the_answers_swaps_the_probabilities_to_the_bit(trained, tested
     assert set(trained.verdicts(same)) == {"C"}
 
 
+def test_the_head_was_fitted_as_it_is_used(trained):
+    """A difference speaks for A as much as against B, and a likeness for a tie only: in the fit, not only afterwards."""
+    differences, likenesses = trained.weights[:len(trained.scale)], trained.weights[len(trained.scale):]
+    assert (differences[:, 0] == -differences[:, 1]).all() and not differences[:, 2].any() and differences[:, 0].any()
+    assert not likenesses[:, :2].any() and likenesses[:, 2].all()
+
+
 def test_through_the_evaluator_it_never_contradicts_itself(trained):
     rows = judged(load_rows(BUNDLED / "test_qa.jsonl"), trained.llm(), "s")
     assert pairwise_report(rows, "teacher", ["s"]).loc["s", ["inconclusive", "invalid"]].tolist() == [0, 0]
