@@ -76,8 +76,8 @@ def test_tokens_and_cost():
     event = {"messages": [{"role": role, "content": "one two"} for role in ("system", "user", "assistant")]}
     assert count_tokens([event] * 2) == [3 + 3 * (3 + 1 + 2)] * 2
     cost = training_cost([event] * 1000, epochs=3)
-    assert cost.loc["gpt-4.1-mini", "tokens"] == 63_000
-    assert cost.loc["gpt-4.1-mini", "$"] == pytest.approx(63_000 * 5 / 1e6, abs=0.01)
+    assert cost.loc["gpt-4o-mini", "tokens"] == 63_000
+    assert cost.loc["gpt-4o-mini", "$"] == pytest.approx(63_000 * 3 / 1e6, abs=0.01)
 
 
 def test_the_engine_has_the_face_of_openai_s(tmp_path, rows, events):

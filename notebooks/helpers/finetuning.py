@@ -20,9 +20,10 @@ from .student import Student, read_prompt
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
 EPOCHS = 3
-# US dollars per million tokens of training. Source: developers.openai.com/api/docs/pricing, as of April 2026. OpenAI takes
+# US dollars per million tokens of training, at second hand: oreateai.com (gpt-4.1, undated) and tokenmix.ai (gpt-4o-mini, April
+# 2026), as read in November 2026. Other pages differ: see developers.openai.com/api/docs/pricing before you pay. OpenAI takes
 # no new fine-tuning jobs after 2027-01-06, and none since 2026-05-07 from accounts that had none before.
-TRAINING_PRICES = {"gpt-4.1": 25.00, "gpt-4.1-mini": 5.00, "gpt-4.1-nano": 1.50, "gpt-4o-mini": 3.00}
+TRAINING_PRICES = {"gpt-4.1": 25.00, "gpt-4o-mini": 3.00}
 
 
 class _Recorder(BaseEventHandler):
