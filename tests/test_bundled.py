@@ -8,22 +8,36 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import (CallLog, check_events, correctness_report, load_rows, pairwise_report, read_score, resolve_orders,
-                     resolve_pairwise_events, with_intervals)
+from helpers import (CallLog, check_events, compare_designs, correctness_report, grading_report, load_rows, pairwise_report, read_score,
+                     resolve_orders, resolve_pairwise_events, with_intervals)
 from helpers.snapshots import DATA
 
-CORRECTNESS, PAIRWISE = DATA / "correctness", DATA / "pairwise"
-ANSWERERS = {f"stand-in-answerer-{persona}" for persona in ("careful", "terse", "careless", "rambling")}
+CORRECTNESS, PAIRWISE, SINGLE = FOLDERS = DATA / "correctness", DATA / "pairwise", DATA / "single_grading"
+PERSONAS = {CORRECTNESS: ("careful", "terse", "careless", "rambling"), PAIRWISE: ("careful", "terse", "careless", "rambling"),
+            SINGLE: ("brisk", "expansive")}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAIR_JUDGES = ["fine_tuned", "base", "longer", "overlap", "first"]
 JUDGES = ["teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"]
+GRADERS = ["fine_tuned", "base", "overlap", "longer", "constant"]
 
 
-@pytest.fixture(scope="module", params=[CORRECTNESS, PAIRWISE], ids=lambda folder: folder.name)
-def calls(request):
-    return list(CallLog(request.param / "calls.jsonl", "replay").rows())
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def calls(folder):
+    return list(CallLog(folder / "calls.jsonl", "replay").rows())
+
+
+@pytest.fixture(scope="module")
+def graded():
+    """All single-grading rows: training, then test with every judge's grade."""
+    return load_rows(SINGLE / "train_qa.jsonl"), load_rows(SINGLE / "test_qa_complete.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +58,9 @@ def test_there_is_enough_of_it(judged):
     assert len({row["question"] for part in judged for row in part}) == len(train) + len(test)
 
 
-def test_every_call_has_its_provenance(calls):
-    assert {call["model"] for call in calls} == {"stand-in-question-writer", "stand-in-teacher"} | ANSWERERS
+def test_every_call_has_its_provenance(folder, calls):
+    roles = {"question-writer", "teacher", *(f"answerer-{persona}" for persona in PERSONAS[folder])}
+    assert {call["model"] for call in calls} == {f"stand-in-{role}" for role in roles}
     assert all(call["finish_reason"] == "stop" and call["response"].strip() for call in calls)
     assert not any(re.search(r"gpt-?4|gpt-?3|llama-?2|mistral", json.dumps(call), re.I) for call in calls)
 
@@ -75,6 +90,41 @@ def test_every_pair_comes_from_the_log(pairs):
         teacher = row["evaluations"][0]
         assert teacher["llm"] == "teacher" and teacher["text"] in said["stand-in-teacher"]
         assert (teacher["score"], teacher["source"]) == resolve_orders(*teacher["verdicts"])
+
+
+def test_every_grade_comes_from_the_log(graded):
+    said = responses(SINGLE)
+    for row in graded[0] + graded[1]:
+        if row["response_data"]["model"] != "local-extractive":
+            assert row["response_data"]["text"] in said[row["response_data"]["model"]]
+        teacher = row["evaluations"][0]
+        assert teacher["llm"] == "teacher" and teacher["text"] in said["stand-in-teacher"] and len(teacher["samples"]) == 3
+        assert teacher["score"] == sorted(teacher["samples"])[1] == read_score(teacher["text"], 0, 1)[0]
+        assert teacher["acceptable"] == (teacher["score"] > 0.8)
+
+
+def test_there_are_answers_enough_to_grade_and_no_question_on_both_sides(graded):
+    train, test = graded
+    questions = [{row["question"] for row in part} for part in graded]
+    assert not questions[0] & questions[1] and len(questions[0] | questions[1]) >= 60
+    assert len(questions[0]) == round(0.7 * len(questions[0] | questions[1]))
+    models = collections.Counter(row["response_data"]["model"] for row in train + test)
+    assert len(models) == 3 and min(models.values()) == max(models.values()) >= 60
+    scores = [row["evaluations"][0]["score"] for row in train + test]
+    assert max(collections.Counter(scores).values()) <= 0.4 * len(scores) and 0.25 <= np.mean(np.array(scores) <= 0.8) <= 0.75
+    assert all(row["response_data"]["context"].strip() for row in train + test)
+
+
+def test_the_single_grading_stage_files_agree_with_each_other(graded):
+    train, test = graded
+    chats = check_events(SINGLE / "single_grading_finetuning_events.jsonl")
+    assert len(chats) == 3 * len(train)
+    for number, row in enumerate(train):
+        three = chats[3 * number:3 * number + 3]
+        assert all(row["response_data"]["text"] in chat["messages"][1]["content"] for chat in three)
+        assert sorted(read_score(chat["messages"][2]["content"], 0, 1)[0] for chat in three) == sorted(row["evaluations"][0]["samples"])
+    assert load_rows(SINGLE / "test_qa.jsonl") == [{**row, "evaluations": row["evaluations"][:1]} for row in test]
+    assert [evaluation["llm"] for evaluation in test[0]["evaluations"]] == ["teacher", *GRADERS]
 
 
 def test_there_are_pairs_enough_and_no_document_on_both_sides(pairs):
@@ -129,11 +179,16 @@ def test_the_stage_files_agree_with_each_other(judged):
 def quoted(judge: str, section: str) -> list[str]:
     """The cells of a judge's line in one of the README's tables."""
     text = (ROOT / "README.md").read_text().split(f"<!-- {section} -->")[1]
-    line = next(line for line in text.splitlines() if line.startswith(f"| `{judge}`"))
+    line = next(line for line in text.splitlines() if line.startswith((f"| `{judge}` |", f"| {judge} |")))
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-def test_readme_quotes_what_is_computed(judged, pairs):
+def test_readme_quotes_what_is_computed(judged, pairs, graded):
+    metrics = ("accuracy", "auc", "brier")
+    for judge, line in with_intervals(grading_report(graded[1], "teacher", GRADERS), metrics).iterrows():
+        assert quoted(judge, "single_grading") == line[list(metrics)].tolist()
+    for what, line in compare_designs(DATA).iterrows():
+        assert quoted(what, "designs") == line.tolist()
     metrics = ("correlation", "kappa", "mae")
     table = with_intervals(correctness_report(judged[1], "teacher", JUDGES), metrics)
     for judge, line in table.iterrows():
@@ -152,12 +207,12 @@ def test_readme_quotes_what_is_computed(judged, pairs):
         assert quoted(shown, "published") == cells
 
 
-def test_the_data_card_counts_right(judged, pairs):
+def test_the_data_card_counts_right(judged, pairs, graded):
     card = (ROOT / "data" / "README.md").read_text()
-    counts = [collections.Counter(call["model"] for call in CallLog(folder / "calls.jsonl", "replay").rows()) for folder in (CORRECTNESS, PAIRWISE)]
-    for model in counts[0]:
-        assert f"| `{model}` | {counts[0][model]} | {counts[1][model]} |" in card
-    for parts in (judged, pairs):
+    counts = [collections.Counter(call["model"] for call in CallLog(folder / "calls.jsonl", "replay").rows()) for folder in FOLDERS]
+    for model in set().union(*counts):
+        assert f"| `{model}` | " + " | ".join(str(count[model]) for count in counts) + " |" in card
+    for parts in (judged, pairs, graded):
         assert f"{len(parts[0])} train and {len(parts[1])} test" in card
 
 
@@ -187,7 +242,8 @@ def test_importing_the_helpers_is_cheap_and_quiet():
 
 
 def test_imports_point_back_up_the_list():
-    order = ["snapshots", "calls", "datasets", "judging", "student", "pairs", "finetuning", "metrics", "pair_metrics", "report"]
+    order = ["snapshots", "calls", "datasets", "replies", "grading", "judging", "student", "pairs", "finetuning", "metrics", "pair_metrics",
+             "grade_metrics", "report"]
     for number, name in enumerate(order):
         text = (ROOT / "notebooks" / "helpers" / f"{name}.py").read_text()
         for imported in re.findall(r"^from \.(\w+) import", text, re.M):

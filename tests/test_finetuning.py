@@ -6,7 +6,8 @@ import json
 import pytest
 from fake import FakeLive
 from helpers import (CallLog, DamagedFile, LocalFinetuneEngine, check_events, count_tokens, finetuning_events, judge_rows,
-                     save_events, training_cost)
+                     load_rows, save_events, training_cost)
+from helpers.snapshots import DATA
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.evaluation import CorrectnessEvaluator
 
@@ -80,15 +81,16 @@ def test_tokens_and_cost():
     assert cost.loc["gpt-4o-mini", "$"] == pytest.approx(63_000 * 3 / 1e6, abs=0.01)
 
 
-def test_the_engine_has_the_face_of_openai_s(tmp_path, rows, events):
-    save_events(tmp_path / "x.jsonl", events)
+def test_the_engine_has_the_face_of_openai_s(tmp_path, rows):
+    chats = load_rows(DATA / "correctness" / "correction_finetuning_events.jsonl")[:20]
+    save_events(tmp_path / "x.jsonl", chats)
     engine = LocalFinetuneEngine(base_model="minilm", data_path=tmp_path / "x.jsonl", alpha=1.0)
     for early in (engine.get_current_job, engine.get_finetuned_model):
         with pytest.raises(ValueError, match=r"call finetune\(\) first"):
             early()
     engine.finetune()
     job = engine.get_current_job()
-    assert (job.status, job.trained_examples, job.training_file) == ("succeeded", len(rows), "x.jsonl")
+    assert (job.status, job.trained_examples, job.training_file) == ("succeeded", len(chats), "x.jsonl")
     done = asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=engine.get_finetuned_model()), name="student"))
     assert all(1 <= row["evaluations"][0]["score"] <= 5 for row in done)
     with pytest.raises(ValueError, match="'gpt-4'"):

@@ -8,7 +8,8 @@ import pytest
 from helpers import LocalJudge, Student, distillation_loss, embed, items_of, load_rows, read_prompt, scores_of, untrained_judges
 from helpers import student as module
 from helpers.snapshots import DATA
-from helpers.student import _softmax, fit_head
+from helpers.student import fit_head
+from scipy.special import softmax
 from llama_index.core.evaluation import CorrectnessEvaluator
 
 
@@ -48,17 +49,17 @@ def test_alpha_one_is_plain_cross_entropy():
 
     weights, x, hard, soft = problem()
     w = weights.reshape(5, 3)
-    expected = log_loss(hard.argmax(1), _softmax(x @ w[:-1] + w[-1]), labels=[0, 1, 2])
+    expected = log_loss(hard.argmax(1), softmax(x @ w[:-1] + w[-1], axis=1), labels=[0, 1, 2])
     assert distillation_loss(weights, x, hard, soft, alpha=1)[0] == pytest.approx(expected, abs=1e-12)
     ours = fit_head(x, hard, soft, alpha=1, strength=0.1)
     theirs = LogisticRegression(C=1 / (len(x) * 0.1), tol=1e-10, max_iter=10_000).fit(x, hard.argmax(1))
-    assert _softmax(x @ ours[:-1] + ours[-1]) == pytest.approx(theirs.predict_proba(x), abs=1e-4)
+    assert softmax(x @ ours[:-1] + ours[-1], axis=1) == pytest.approx(theirs.predict_proba(x), abs=1e-4)
 
 
 def test_special_cases_of_the_distillation_term():
     weights, x, hard, soft = problem()
     w = weights.reshape(5, 3)
-    same = _softmax(x @ w[:-1] + w[-1])
+    same = softmax(x @ w[:-1] + w[-1], axis=1)
     for temperature in (0.5, 1, 4):
         loss, gradient = distillation_loss(weights, x, hard, same, alpha=0, temperature=temperature)
         assert loss == pytest.approx(0, abs=1e-12) and gradient == pytest.approx(0, abs=1e-12)
@@ -131,9 +132,9 @@ def test_a_strange_prompt_is_refused():
 
 @pytest.mark.parametrize("settings, said", [
     ({"alpha": 1.2}, "alpha=1.2: expected 0 to 1"), ({"alpha": -0.1}, "expected 0 to 1"),
-    ({"temperature": 0}, "temperature=0: expected above 0"), ({"scores": [4.0] * 12}, "all 12 rows have the score 4"),
+    ({"temperature": 0}, "temperature=0: expected above 0"), ({"verdicts": [4.0] * 12}, "all 12 rows have the verdict 4"),
 ])
 def test_what_cannot_be_learnt_is_refused(settings, said):
     items = [(f"q{i}", f"r{i}", f"a{i}") for i in range(12)]
     with pytest.raises(ValueError, match=said):
-        Student.fit(items, **{"scores": [1.0, 5.0] * 6, **settings})
+        Student.fit(items, **{"verdicts": [1.0, 5.0] * 6, **settings})

@@ -1,20 +1,24 @@
 """What the notebooks import. The files, in the order in which the data flows:
 
-snapshots (rows, folders, the call log) -> calls (the LLM in front of it, stages) -> datasets (generate) -> judging (judge)
--> student, pairs, finetuning (fine-tune) -> metrics, pair_metrics, report (evaluate). Imports only ever point back up this list.
+snapshots (rows, folders, the call log) -> calls (the LLM in front of it, stages) -> datasets (generate) -> replies, grading,
+judging (judge) -> student, pairs, finetuning (fine-tune) -> metrics, pair_metrics, grade_metrics, report (evaluate). Imports only ever point back up this list.
 `published` fetches the files of the 2023 run; `__main__` is what make calls.
 """
 
 from .calls import CallFailed, Collected, MissingCall, fill, run_stage
-from .datasets import (SnapshotReader, answer_pairs, answer_questions, clean_question, deal, generate_questions, local_embedding, save_qrd,
+from .datasets import (ExtractiveAnswerer, SnapshotReader, answer_in_context, answer_pairs, answer_questions, clean_question, deal, generate_questions, local_embedding, save_qrd,
                        write_questions)
 from .finetuning import (LocalFinetuneEngine, check_events, count_tokens, finetuning_events, resolve_pairwise_events, save_events,
                          training_cost)
-from .judging import judge_rows, read_score, read_verdict, resolve_orders
-from .metrics import clusters_of, compare_students, correctness_report, scores_of
+from .grading import SingleGradingEvaluator, pool_samples, score_distribution
+from .grade_metrics import compare_graders, grading_report, probabilities_of
+from .judging import judge_rows, resolve_orders
+from .metrics import clusters_of, compare_students, correctness_report, measured, scores_of
 from .pair_metrics import (answer_lengths, compare_pair_students, length_report, order_table, pair_scores, pairwise_report,
                            position_report)
 from .pairs import PairJudge, PairStudent, read_pair_prompt, untrained_pair_judges
-from .report import invalid_judgements, plot_judges, plot_orders, plot_scores, show_pair, versions, with_intervals
+from .replies import read_score, read_score_tokens, read_verdict
+from .report import (compare_designs, invalid_judgements, plot_judges, plot_orders, plot_probabilities, plot_scores, plot_sweep, show_pair, versions,
+                     with_intervals)
 from .snapshots import (CallLog, DamagedFile, judge_mode, load_rows, output_folder, save_rows, snapshot_folder)
 from .student import LocalJudge, Student, distillation_loss, embed, items_of, read_prompt, untrained_judges

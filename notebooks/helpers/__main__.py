@@ -5,6 +5,7 @@ import base64
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import published
@@ -31,8 +32,13 @@ def run(names: list[str], in_place: bool = False) -> int:
             print(f"no notebook {path.name}; there are {', '.join(p.stem for p in sorted(NOTEBOOKS.glob('*.ipynb')))}", file=sys.stderr)
             return 2
     BUILD.mkdir(exist_ok=True)
-    shown = []
-    for path in paths:
+    # A replayed notebook needs no other, so they run all at once, and share the cores: with more threads than cores, the encoders
+    # would stand in each other's way. Live ones go one by one, since the last one reads what the others wrote.
+    workers = len(paths) if judge_mode() == "replay" else 1
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+
+    def execute(path: Path):
+        """(the notebook, the error that stopped it)."""
         print(f"{path.name}: running ({judge_mode()})", flush=True)
         start = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
@@ -40,13 +46,22 @@ def run(names: list[str], in_place: bool = False) -> int:
             notebook.cells = [cell for cell in notebook.cells if "calls" not in cell.metadata.get("tags", [])]
         try:
             NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}},
-                           extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute()
+                           extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute(env=environment)
         except CellExecutionError as error:
             print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
-            return 0 if error.ename == "Collected" else 1
+            return notebook, error
+        print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
+        return notebook, None
+
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(execute, paths))
+    shown, failed = [], False
+    for path, (notebook, error) in zip(paths, done):
+        if error:
+            failed = failed or error.ename != "Collected"
+            continue
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times of day, which differ in each run
-        print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
         nbformat.write(notebook, path if in_place else BUILD / path.name)
         (BUILD / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
         for tag, output in ((tag, output) for cell in notebook.cells for tag in cell.metadata.get("tags", []) for output in cell.outputs):
@@ -58,8 +73,9 @@ def run(names: list[str], in_place: bool = False) -> int:
                 picture.write_bytes(base64.b64decode(output["data"]["image/png"]))
     for name, text in shown:
         print(f"\n{name}\n{text}")
-    print("\nTo read on, open " + " ".join(str(BUILD / f"{path.stem}.html") for path in paths))
-    return 0
+    if pages := [str(BUILD / f"{path.stem}.html") for path, (_, error) in zip(paths, done) if not error]:
+        print("\nTo read on, open " + " ".join(pages))
+    return 1 if failed else 0
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Awaitable, Iterable
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, MessageRole
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, LogProb, MessageRole
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms import LLM, CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
@@ -84,7 +84,9 @@ class LoggedLLM(CustomLLM):
         return None
 
     def _keep(self, call: dict, response: ChatResponse) -> ChatResponse:
-        return _response(self._log.append(make_row(call, response.message.content or "", *_details(response.raw))))
+        tokens = [{token.token: token.logprob for token in alternatives} for alternatives in response.logprobs or []]
+        row = make_row(call, response.message.content or "", *_details(response.raw), _first_line(tokens))
+        return _response(self._log.append(row))
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -130,8 +132,16 @@ class LoggedLLM(CustomLLM):
 
 
 def _response(row: dict) -> ChatResponse:
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]),
+    logprobs = [[LogProb(token=token, logprob=p) for token, p in tokens.items()] for tokens in row.get("logprobs", [])]
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]), logprobs=logprobs or None,
                         raw={"usage": row["usage"], "finish_reason": row["finish_reason"]})
+
+
+def _first_line(tokens: list[dict]) -> list[dict]:
+    """The alternatives of the tokens up to the first line break: a score stands there, and the rest would be a hundred times as
+    much."""
+    ends = (i for i, alternatives in enumerate(tokens) if alternatives and "\n" in max(alternatives, key=alternatives.get))
+    return tokens[: next(ends, len(tokens)) + 1]
 
 
 def _completion(response: ChatResponse) -> CompletionResponse:
@@ -216,7 +226,9 @@ def fill(log: CallLog, results_path: str | Path, requests_path: str | Path | Non
                 answers.setdefault(name, [])
                 continue
             choice = reply["body"]["choices"][0]
-            row_parts = choice["message"]["content"], reply["body"].get("usage"), choice.get("finish_reason")
+            tokens = [{one["token"]: one["logprob"] for one in token["top_logprobs"]}
+                      for token in (choice.get("logprobs") or {}).get("content") or []]
+            row_parts = choice["message"]["content"], reply["body"].get("usage"), choice.get("finish_reason"), _first_line(tokens)
             if not isinstance(row_parts[0], str):
                 raise TypeError("content is not text")
         except (ValueError, LookupError, TypeError, AttributeError) as error:

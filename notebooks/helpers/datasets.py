@@ -5,18 +5,22 @@ import random
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from llama_index.core import SummaryIndex
 from llama_index.core.evaluation.dataset_generation import DEFAULT_QUESTION_GENERATION_PROMPT
-from llama_index.core.llms import LLM
+from llama_index.core.llms import LLM, CompletionResponse, CustomLLM, LLMMetadata
+from llama_index.core.node_parser.text.utils import split_by_sentence_tokenizer
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import BaseQueryEngine
 from llama_index.core.readers.base import BaseReader
-from llama_index.core.schema import BaseNode, Document, MetadataMode
+from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
 
 from .calls import run_stage
 from .snapshots import DATA, judge_mode, snapshot_folder, write_text
 
+QA_PROMPT = re.compile(r"-{21}\n(.*)\n-{21}\n.*\nQuery: (.*)\nAnswer: ?\Z", re.S)
 CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
 
 
@@ -152,6 +156,56 @@ async def answer_pairs(questions: list[dict], engines: list[tuple[str, BaseQuery
              "source": responses[2 * i].source_nodes[0].node.text[:CONTEXT_CHARS] + "...",
              "document": question["document"]}
             for i, (question, two) in enumerate(zip(questions, drawn))]
+
+
+async def answer_in_context(pairs: list[dict], generators: list[tuple[str, LLM]], concurrency: int = 16) -> list[dict]:
+    """Let every generator answer every question from the one chunk that is given with it: retrieval is simulated.
+
+    Args:
+        pairs: dicts of `question`, `context` (the whole chunk) and, if known, `document`.
+        generators: (model name, LLM) each.
+
+    Returns:
+        Single-grading rows, a question's together: `question`, `response_data` of `model`, `text` and `context`, `document`.
+    """
+    for number, pair in enumerate(pairs):
+        for field in ("question", "context"):
+            if not isinstance(pair.get(field), str) or not pair[field].strip():
+                raise ValueError(f"pair {number}: {field} must be a text, found {pair.get(field)!r}")
+    asked = [(pair, model, SummaryIndex([TextNode(text=pair["context"])]).as_query_engine(llm=llm))
+             for pair in pairs for model, llm in generators]
+    responses = await run_stage("answers", [engine.aquery(pair["question"]) for pair, _, engine in asked], concurrency)
+    return [{"question": pair["question"], "response_data": {"model": model, "text": str(response), "context": pair["context"]},
+             **({"document": pair["document"]} if "document" in pair else {})}
+            for (pair, model, _), response in zip(asked, responses)]
+
+
+class ExtractiveAnswerer(CustomLLM):
+    """Answers a query engine's prompt with the sentences of its context that lie nearest to the question, by `local_embedding`.
+
+    Args:
+        sentences: how many, in the order of the text.
+    """
+
+    sentences: int = 1
+    model_name: str = "local-extractive"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata(model_name=self.model_name, is_chat_model=False)
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        if not (match := QA_PROMPT.search(prompt)):
+            raise ValueError(f"an extractive answerer reads LlamaIndex's question-answering prompt; this one begins {prompt[:80]!r}")
+        context, question = match.groups()
+        parts = [part.strip() for part in split_by_sentence_tokenizer()(context)]
+        vectors = np.array(local_embedding().get_text_embedding_batch([question, *parts]))
+        # Rounded, so that float noise between machines does not choose between equals; of equals, the first.
+        nearest = np.argsort(-np.round(vectors[1:] @ vectors[0], 4), kind="stable")[: self.sentences]
+        return CompletionResponse(text=" ".join(parts[i] for i in sorted(nearest)))
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any):
+        yield self.complete(prompt)
 
 
 def save_qrd(path: str | Path, pairs: list[dict]) -> None:

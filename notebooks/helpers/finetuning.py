@@ -12,10 +12,11 @@ from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
 from llama_index.core.llms import LLM
 
 from .calls import ROW
-from .judging import read_score, read_verdict
+from .grading import lower_median
 from .pairs import PROMPT, PairStudent, read_pair_prompt
+from .replies import read_score, read_verdict
 from .snapshots import DamagedFile, load_rows, write_text
-from .student import Student, read_prompt
+from .student import Student, check_settings, read_prompt
 
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
@@ -161,13 +162,17 @@ class LocalFinetuneEngine:
     Args:
         base_model: "minilm", the one encoder there is.
         data_path: the JSONL that would be uploaded to OpenAI.
-        alpha: share of the hard labels in the loss (see `distillation_loss`).
+        alpha, temperature: of the loss (see `distillation_loss`). Where a prompt stands in the file more than once, as it does if
+            the teacher was sampled several times, the replies are its distribution, and their lower median is the hard label.
+        scale: the ends of the teacher's scale, where it gave scores.
     """
 
-    def __init__(self, base_model: str = "minilm", data_path: str | Path = "", alpha: float = 1.0) -> None:
+    def __init__(self, base_model: str = "minilm", data_path: str | Path = "", alpha: float = 1.0, temperature: float = 1.0,
+                 scale: tuple[float, float] = (1, 5)) -> None:
         if base_model != "minilm":
             raise ValueError(f"base_model={base_model!r}: the local engine has 'minilm' only")
-        self.data_path, self.alpha = data_path, alpha
+        check_settings(alpha, temperature)
+        self.data_path, self.alpha, self.temperature, self.scale = data_path, alpha, temperature, scale
         self.student: Student | PairStudent | None = None
         self._job: LocalJob | None = None
 
@@ -175,19 +180,21 @@ class LocalFinetuneEngine:
         """Check the file and train on it, here and now. Whether it holds scores or pairs, its first prompt tells."""
         events = check_events(self.data_path)
         pairs = bool(PROMPT.search(events[0]["messages"][1]["content"]))
-        read_input, read_label = (read_pair_prompt, read_verdict) if pairs else (read_prompt, read_score)
-        items, labels = [], []
+        read_input = read_pair_prompt if pairs else read_prompt
+        samples: dict = {}  # what the teacher said to each prompt
         for number, event in enumerate(events, 1):
-            label, reason = read_label(event["messages"][-1]["content"])
+            reply = event["messages"][-1]["content"]
+            label, reason = read_verdict(reply) if pairs else read_score(reply, *self.scale)
             if label is None:
                 raise DamagedFile(f"{self.data_path}, line {number}: cannot learn from the reply: {reason}")
             try:
-                items.append(read_input(event["messages"]))
+                samples.setdefault(read_input(event["messages"]), []).append(label)
             except ValueError as error:
                 raise DamagedFile(f"{self.data_path}, line {number}: {error}") from error
-            labels.append(label)
-        self.student = (PairStudent if pairs else Student).fit(items, labels, alpha=self.alpha)
-        self._job = LocalJob("succeeded", "minilm", Path(self.data_path).name, len(items), self.student.kinds, sorted(set(labels)))
+        soft = [{label: said.count(label) / len(said) for label in said} for said in samples.values()]
+        hard = [lower_median(distribution) for distribution in soft]
+        self.student = (PairStudent if pairs else Student).fit(list(samples), hard, soft, self.alpha, self.temperature)
+        self._job = LocalJob("succeeded", "minilm", Path(self.data_path).name, len(events), self.student.kinds, self.student.labels.tolist())
 
     def get_current_job(self) -> LocalJob:
         """The finished job."""

@@ -1,77 +1,12 @@
-"""Judge: rows -> judgements. Replies are read here, and here only."""
+"""Judge: rows -> judgements."""
 
 import copy
-import re
 
 from llama_index.core.evaluation import BaseEvaluator, CorrectnessEvaluator, EvaluationResult, PairwiseComparisonEvaluator
 
 from .calls import CallFailed, run_stage
-
-NUMBER = r"[-+]?\d+(?:[.,]\d+)?"
-LABEL = r"(?:(?:my|the|final|overall)\s+)*(?:score|rating|grade)\s*(?:is|of|[:=])+\s*"
-MARKS = re.compile(r"[*_`#\[\]]")  # markdown around a score says nothing about it
-SCORE_LINE = re.compile(rf"^(?:{LABEL})?({NUMBER})(?:\s*(?:/|out of)\s*({NUMBER}))?\s*[.:]?$", re.I)
-SCORE_FIRST = re.compile(rf"^(?:{LABEL})?({NUMBER})(?:\s*(?:/|out of)\s*({NUMBER}))?\s*[-–—:]\s+\S", re.I)
-LABELLED = re.compile(rf"\b{LABEL}({NUMBER})(?:\s*(?:/|out of)\s*({NUMBER}))?", re.I)
-
-
-def read_score(reply: str, low: float = 1, high: float = 5) -> tuple[float | None, str | None]:
-    """Read the score in a judge's reply.
-
-    A score stands alone on a line ("4.5", "**4.0**", "4/5", "Score: 4"), or else opens the reply ("4 - correct"), or else
-    follows a word for it ("I give a score of 4"). A fraction must be of `high`. Other numbers are not scores.
-
-    Returns:
-        (score, None), or (None, reason) where there is no score, more than one, or one outside `low` to `high`.
-    """
-    lines = [plain for line in reply.splitlines() if (plain := MARKS.sub("", line).strip())]
-    found = [match.groups() for line in lines if (match := SCORE_LINE.match(line))]
-    found = found or [match.groups() for line in lines[:1] if (match := SCORE_FIRST.match(line))]
-    found = found or [match.groups() for match in LABELLED.finditer("\n".join(lines))]
-    if not lines:
-        return None, "empty reply"
-    if not found:
-        return None, "no score in the reply"
-    scores = {(float(score.replace(",", ".")), float((of or str(high)).replace(",", "."))) for score, of in found}
-    if len(scores) > 1:
-        return None, f"more than one score in the reply: {', '.join(sorted(score for score, _ in found))}"
-    [(score, of)] = scores
-    if of != high:
-        return None, f"score out of {of:g}, expected out of {high:g}"
-    if not low <= score <= high:
-        return None, f"score {score:g} is outside {low:g} to {high:g}"
-    return score, None
-
-
-MARKER = re.compile(r"\[\[\s*([ABC])\s*\]\]", re.I)
-# What stands before a marker where it is a verdict: nothing, a label, or a sentence that it closes; but no "not" or "than".
-IN_PASSING = re.compile(r"\b(?:not|n't|than|or|nor|and|over|if|against)\W*$", re.I)
-LABEL_BEFORE = re.compile(r"(?:\bverdict\b[^.]{0,20}|^\W*)$", re.I)
-
-
-def read_verdict(reply: str) -> tuple[str | None, str | None]:
-    """Read the verdict in a pairwise judge's reply: by the last line that is one.
-
-    Such a line holds one of [[A]], [[B]], [[C]] and no other ("[[a]]" and "[[ A ]]" count), at its end, at its beginning or
-    after the word "verdict", and not in passing ("rather than [[A]]").
-
-    Returns:
-        ("A", "B" or "C", None), or (None, reason).
-    """
-    lines = [line for line in reply.splitlines() if MARKER.search(line)]
-    for line in reversed(lines):
-        marks = list(MARKER.finditer(line))
-        before, after = line[: marks[-1].start()], line[marks[-1].end():]
-        if len({mark[1].upper() for mark in marks}) == 1 and not IN_PASSING.search(before):
-            if not re.search(r"\w", after) or LABEL_BEFORE.search(before) and not re.match(r"\W*if\b", after, re.I):
-                return marks[-1][1].upper(), None
-    if not reply.strip():
-        return None, "empty reply"
-    marked = {mark.upper() for mark in MARKER.findall(reply)}
-    if not marked:
-        return None, "no verdict in the reply"
-    return None, "more than one verdict in the reply" if len(marked) > 1 else "a verdict only in passing"
-
+from .grading import SingleGradingEvaluator
+from .replies import read_score, read_verdict
 
 # What the verdicts in the original and the flipped order come to: the score (1 the first answer, 0 the second) as the call of
 # that order gave it, and the order that decides. In the flipped order "A" is the second answer.
@@ -97,17 +32,17 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
 async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int = 16) -> list[dict]:
     """Judge every row, and return the rows with one more evaluation each, in the same order.
 
-    An evaluation is {"llm": name, "score", "text"}: `text` is the judge's whole reply. A reply that cannot be read, or a live
+    An evaluation is {"llm": name, "score", "text"}, and for single grading "acceptable"; `text` is the judge's whole reply. A reply that cannot be read, or a live
     call that failed, has the score None and the reason under "invalid". A pairwise evaluation has two keys more: "source" and
     "verdicts", those of the original and of the flipped order (see `resolve_orders`); both orders are always asked, and if
     either cannot be read the pair is invalid. An evaluation that already bears the name is replaced. The rows passed in are
     left as they are.
 
     Args:
-        rows: correctness rows (`question`, `reference`, `response_data.text`) or pairwise rows (`question`, two `answers` with
-            a `text` each, `source`).
-        evaluator: a CorrectnessEvaluator or a PairwiseComparisonEvaluator. Its own parser is not used: the first's raises on a
-            bare "4.5" and lets 7.5 pass, the second's reads "[[B]] because not [[A]]" as A.
+        rows: correctness rows (`question`, `reference`, `response_data.text`), pairwise rows (`question`, two `answers` with a
+            `text` each, `source`) or single-grading rows (`question`, `response_data` of `text` and `context`).
+        evaluator: a CorrectnessEvaluator, a PairwiseComparisonEvaluator or a SingleGradingEvaluator. LlamaIndex's own parsers
+            are not used: the first's raises on a bare "4.5" and lets 7.5 pass, the second's reads "[[B]] because not [[A]]" as A.
         name: of the judge.
         concurrency: how many rows may be under way at once.
 
@@ -115,10 +50,11 @@ async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, c
         TypeError: an evaluator of another kind.
         ValueError: a row lacks a field; the message says which row and field.
     """
-    kinds = {CorrectnessEvaluator: (_check_correctness, _judge_correctness), PairwiseComparisonEvaluator: (_check_pair, _judge_pair)}
+    kinds = {CorrectnessEvaluator: (_check_correctness, _judge_correctness), PairwiseComparisonEvaluator: (_check_pair, _judge_pair),
+             SingleGradingEvaluator: (_check_graded, _judge_graded)}
     check, judge = next((kinds[kind] for kind in kinds if isinstance(evaluator, kind)), (None, None))
     if judge is None:
-        raise TypeError(f"judge_rows knows {' and '.join(kind.__name__ for kind in kinds)}, not {type(evaluator).__name__}")
+        raise TypeError(f"judge_rows knows {', '.join(kind.__name__ for kind in kinds)}, not {type(evaluator).__name__}")
     for number, row in enumerate(rows):
         check(row, number)
     evaluator = copy.copy(evaluator)
@@ -136,6 +72,13 @@ async def _judge_correctness(evaluator: CorrectnessEvaluator, row: dict, name: s
         return {"llm": name, "score": None, "text": None, "invalid": f"the call failed: {error}"}
     score, reason = read_score(result.feedback)
     return {"llm": name, "score": score, "text": result.feedback, **({"invalid": reason} if reason else {})}
+
+
+async def _judge_graded(evaluator: SingleGradingEvaluator, row: dict, name: str) -> dict:
+    try:
+        return {"llm": name, **await evaluator.grade(row["question"], row["response_data"]["context"], row["response_data"]["text"])}
+    except CallFailed as error:
+        return {"llm": name, "score": None, "text": None, "invalid": f"the call failed: {error}"}
 
 
 async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: str) -> dict:
@@ -163,6 +106,12 @@ def _check_correctness(row: dict, number: int) -> None:
     answer = row.get("response_data")
     _check_texts(number, {"question": row.get("question"), "reference": row.get("reference")},
                  {"response_data.text": answer.get("text") if isinstance(answer, dict) else None})
+
+
+def _check_graded(row: dict, number: int) -> None:
+    answer = row.get("response_data") if isinstance(row.get("response_data"), dict) else {}
+    _check_texts(number, {"question": row.get("question"), "response_data.context": answer.get("context")},
+                 {"response_data.text": answer.get("text")})
 
 
 def _check_pair(row: dict, number: int) -> None:

@@ -1,12 +1,13 @@
 """Evaluate: judgements -> agreement with the teacher, and how sure one can be of it."""
 
 import warnings
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 
 LEVEL = 0.95
-RESAMPLES = 2000
+RESAMPLES = 1000
 METRICS = ("correlation", "spearman", "kappa", "mae", "coverage")
 
 
@@ -107,6 +108,52 @@ def interval(rows: list[dict], statistic) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
+def measured(rows: list[dict], names: tuple, statistic) -> dict:
+    """Figures and their intervals as the cells of a report: <name>, then <name>_low and <name>_high of each.
+
+    Args:
+        statistic: of an array of row numbers; returns a figure a name.
+    """
+    figures, (low, high) = statistic(np.arange(len(rows))), interval(rows, statistic)
+    return {**dict(zip(names, figures)),
+            **{f"{name}_{end}": float(value[i]) for i, name in enumerate(names) for end, value in (("low", low), ("high", high))}}
+
+
+def paired(rows: list[dict], names: tuple, figures, student: str, ours: np.ndarray, other: str, theirs: np.ndarray) -> pd.DataFrame:
+    """Two judges' figures on the same rows, compared.
+
+    Args:
+        figures: of (what a judge said at some rows, the numbers of these rows); returns a figure a name.
+        ours, theirs: what the two judges said, (rows, ...).
+
+    Returns:
+        A row a name: the figure of each, `difference` (student minus other) with its 95 % interval by document (`low`, `high`),
+        and `p`: two-sided, from exchanging the two judges' judgements a whole document at a time (scipy's permutation test).
+    """
+    from scipy.stats import permutation_test
+
+    clusters, every = clusters_of(rows), np.arange(len(rows))
+    cluster = np.empty(len(rows), dtype=int)
+    for number, members in enumerate(clusters):
+        cluster[members] = number
+
+    def difference(a: np.ndarray, b: np.ndarray, at: np.ndarray = every) -> np.ndarray:
+        return figures(a[at], at) - figures(b[at], at)
+
+    @lru_cache(maxsize=None)  # the tests of all figures go through the same exchanges
+    def exchanged(documents: bytes) -> np.ndarray:
+        swap = np.frombuffer(documents, dtype=bool)[cluster].reshape(-1, *[1] * (ours.ndim - 1))
+        return difference(np.where(swap, theirs, ours), np.where(swap, ours, theirs))
+
+    # Sample i is the pair (0, 1) of document i: permuting within samples is exchanging the two judges there.
+    sides, observed = (np.zeros(len(clusters)), np.ones(len(clusters))), difference(ours, theirs)
+    tests = [permutation_test(sides, lambda a, b, k=k: exchanged((a > b).tobytes())[k], permutation_type="samples", vectorized=False,
+                              n_resamples=RESAMPLES, rng=np.random.default_rng(0)) for k in range(len(names))]
+    low, high = interval(rows, lambda at: difference(ours, theirs, at))
+    return pd.DataFrame({student: figures(ours, every), other: figures(theirs, every), "difference": observed, "low": low, "high": high,
+                         "p": [test.pvalue for test in tests], "n": len(rows)}, index=pd.Index(names, name="figure"))
+
+
 def correctness_report(rows: list[dict], teacher: str, students: list[str]) -> pd.DataFrame:
     """How close each student comes to the teacher, on rows that both have judged.
 
@@ -121,54 +168,27 @@ def correctness_report(rows: list[dict], teacher: str, students: list[str]) -> p
     report = {}
     for student in students:
         given = scores_of(rows, student)
-        figures = agreement(truth, given)
-        low, high = interval(rows, lambda at: agreement(truth[at], given[at]))
-        report[student] = {"n": int((~np.isnan(truth) & ~np.isnan(given)).sum()), **dict(zip(METRICS, figures)),
-                           **{f"{name}_{end}": value for i, name in enumerate(METRICS)
-                              for end, value in (("low", low[i]), ("high", high[i]))}}
+        report[student] = {"n": int((~np.isnan(truth) & ~np.isnan(given)).sum()),
+                           **measured(rows, METRICS, lambda at: agreement(truth[at], given[at]))}
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
 def compare_students(rows: list[dict], teacher: str, student: str, other: str) -> pd.DataFrame:
-    """Is `student` closer to the teacher than `other`, on the very same rows? A paired comparison.
+    """Is `student` closer to the teacher than `other`, on the very same rows?
 
     Returns:
-        A row for `correlation`, `kappa` and `mae`: the figure of each, `difference` (student minus other) with its 95 %
-        interval by document (`low`, `high`), and `p`: two-sided, from exchanging the two students' judgements a whole
-        document at a time (scipy's permutation test). Rows that either left invalid are left out; `n` says how many remain.
+        As `paired`, for `correlation`, `kappa` and `mae`. Rows that a judge left invalid are left out; `n` says how many remain.
 
     Raises:
         ValueError: no row is left.
     """
-    from scipy.stats import permutation_test
-
     truth, ours, theirs = (scores_of(rows, judge) for judge in (teacher, student, other))
     valid = ~np.isnan(truth + ours + theirs)
     if not valid.any():
         raise ValueError(f"no row on which {teacher}, {student} and {other} are all valid")
-    rows, truth, ours, theirs = [row for row, keep in zip(rows, valid) if keep], truth[valid], ours[valid], theirs[valid]
-    clusters, all_rows = clusters_of(rows), np.arange(len(rows))
-    cluster = np.empty(len(rows), dtype=int)
-    for number, members in enumerate(clusters):
-        cluster[members] = number
+    rows, truth = [row for row, keep in zip(rows, valid) if keep], truth[valid]
 
     def figures(given: np.ndarray, at: np.ndarray) -> np.ndarray:
-        x, y = truth[at], given[at]
-        return np.array([_pearson(x, y), quadratic_kappa(x, y), np.abs(x - y).mean()])
+        return np.array([_pearson(truth[at], given), quadratic_kappa(truth[at], given), np.abs(truth[at] - given).mean()])
 
-    def difference(a: np.ndarray, b: np.ndarray, at: np.ndarray = all_rows) -> np.ndarray:
-        return figures(a, at) - figures(b, at)
-
-    low, high = interval(rows, lambda at: difference(ours, theirs, at))
-
-    def exchanged(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        swap = (first > second)[cluster]
-        return difference(np.where(swap, theirs, ours), np.where(swap, ours, theirs))
-
-    # Sample i is the pair (0, 1) of document i: permuting within samples is exchanging the two students there.
-    sides, observed = (np.zeros(len(clusters)), np.ones(len(clusters))), difference(ours, theirs)
-    tests = [permutation_test(sides, lambda a, b, k=k: exchanged(a, b)[k], permutation_type="samples", vectorized=False,
-                              n_resamples=RESAMPLES, rng=np.random.default_rng(0)) for k in range(3)]
-    return pd.DataFrame({student: figures(ours, all_rows), other: figures(theirs, all_rows), "difference": observed, "low": low, "high": high,
-                         "p": [test.pvalue for test in tests], "n": len(rows)},
-                        index=pd.Index(["correlation", "kappa", "mae"], name="figure"))
+    return paired(rows, ("correlation", "kappa", "mae"), figures, student, ours[valid], other, theirs[valid])

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from .metrics import interval
+from .metrics import interval, measured
 
 FLIPPED = ("corrected", "as_published")
 RATES = ("agreement_rate", "correlation", "jaccard", "coverage", "agreement_overall", "kappa")
@@ -76,12 +76,10 @@ def pairwise_report(rows: list[dict], teacher: str, students: list[str], flipped
     report = {}
     for student in students:
         given, invalid = pair_scores(rows, student, flipped)
-        figures = pair_agreement(truth, given)
-        low, high = interval(rows, lambda at: pair_agreement(truth[at], given[at]))
         report[student] = {
             "inconclusive": int((np.isnan(given) & ~invalid).sum()), "agreements": int((truth == given).sum()),
-            "compared": int((~np.isnan(truth) & ~np.isnan(given)).sum()), **dict(zip(RATES, figures)), "invalid": int(invalid.sum()),
-            **{f"{name}_{end}": value for i, name in enumerate(RATES) for end, value in (("low", low[i]), ("high", high[i]))}}
+            "compared": int((~np.isnan(truth) & ~np.isnan(given)).sum()),
+            **measured(rows, RATES, lambda at: pair_agreement(truth[at], given[at])), "invalid": int(invalid.sum())}
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
@@ -128,10 +126,7 @@ def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
             signs = lean[at][read[at]]
             return np.array([(signs == sign).mean() if len(signs) else np.nan for sign in (0, 1, -1)])
 
-        figures, (low, high) = shares(np.arange(len(rows))), interval(rows, shares)
-        names = ("consistency", "prefers_first", "prefers_second")
-        report[judge] = {"pairs": int(read.sum()), **dict(zip(names, figures)),
-                         **{f"{name}_{end}": value for i, name in enumerate(names) for end, value in (("low", low[i]), ("high", high[i]))}}
+        report[judge] = {"pairs": int(read.sum()), **measured(rows, ("consistency", "prefers_first", "prefers_second"), shares)}
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
@@ -160,11 +155,9 @@ def length_report(rows: list[dict], judges: list[str], flipped: str = "corrected
         scores, _ = pair_scores(rows, judge, flipped)
         side = np.where(np.isnan(scores), 0, np.sign(scores - 0.5)) * (longer != 0)
 
-        def share(at: np.ndarray) -> float:
+        def share(at: np.ndarray) -> np.ndarray:
             decided = at[side[at] != 0]
-            return (side[decided] == longer[decided]).mean() if len(decided) else np.nan
+            return np.array([(side[decided] == longer[decided]).mean() if len(decided) else np.nan])
 
-        low, high = interval(rows, share)
-        report[judge] = {"decided": int((side != 0).sum()), "longer_wins": share(np.arange(len(rows))),
-                         "longer_wins_low": float(low), "longer_wins_high": float(high)}
+        report[judge] = {"decided": int((side != 0).sum()), **measured(rows, ("longer_wins",), share)}
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")

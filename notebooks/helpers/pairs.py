@@ -6,12 +6,12 @@ from typing import Callable
 
 import numpy as np
 
-from .student import FOLDS, WORD, LocalJudge, Saved, _names, _numbers, _share, _softmax, check_settings, embed, fit_head, overlap, words
+from .student import WORD, LocalJudge, Student, _names, _numbers, _share, embed, overlap, words
 
 Pair = tuple[str, str, str, str]  # question, source, first answer, second answer
 
 VERDICTS = "ABC"
-STRENGTHS = (0.03, 0.1, 0.3)
+LIKENESSES = 3  # the last features of a pair: those that swapping the answers leaves as they are
 HEDGE = re.compile(r"\b(?:unknown|unclear|cannot|sorry|no information|(?:not|n't) (?:mention|provide|specif|clear|stated)\w*)\b", re.I)
 PROMPT = re.compile(r"\[User Question\]\n(.*?)\n\n\[The Start of Reference\]\n(.*?)\n\[The End of Reference\]\n\n"
                     r"\[The Start of Assistant A’s Answer\]\n(.*?)\n\[The End of Assistant A’s Answer\]\n\n"
@@ -43,8 +43,8 @@ def answer_features(question: str, source: str, answer: str) -> list[float]:
             float(answer.rstrip()[-1:] not in tuple('.!?"”')), float(len(HEDGE.findall(answer)))]
 
 
-def featurize_pairs(pairs: list[Pair], kinds: str) -> tuple[np.ndarray, np.ndarray]:
-    """(differences, likenesses) of pairs, (pairs, d) and (pairs, 3).
+def featurize_pairs(pairs: list[Pair], kinds: str) -> np.ndarray:
+    """Features of pairs, (pairs, d + 3): d differences, then the likenesses.
 
     Swapping the answers turns the sign of the differences, to the bit, and leaves the likenesses: words in common, cosine, and
     how unequal the lengths are. `kinds` of differences: "length"; "content" adds the counts; "similarity" adds to these the
@@ -58,84 +58,55 @@ def featurize_pairs(pairs: list[Pair], kinds: str) -> tuple[np.ndarray, np.ndarr
         sides.append({"length": counted[:, :1], "content": counted, "similarity": np.hstack([counted, cosines])}[kinds])
     difference = sides[0] - sides[1]
     likeness = np.stack([[overlap(pair[2], pair[3]) for pair in pairs], (first * second).sum(1), np.abs(difference[:, 0])], axis=1)
-    return difference, likeness
-
-
-def _basis(differences: int, likenesses: int) -> np.ndarray:
-    """Ties the head's weights so that a difference speaks for A as much as against B, and a likeness for a tie only."""
-    rows = np.arange((differences + likenesses + 1) * 3).reshape(-1, 3)
-    basis = np.zeros((rows.size, len(rows)))
-    for i in range(len(rows)):
-        if i < differences:
-            basis[rows[i, 0], i], basis[rows[i, 1], i] = 1, -1
-        else:
-            basis[rows[i, 2], i] = 1
-    return basis
+    return np.hstack([difference, likeness])
 
 
 @dataclass
-class PairStudent(Saved):
+class PairStudent(Student):
     """A trained pairwise judge, antisymmetric by construction: swap the answers, and P(A) and P(B) swap, to the bit.
 
-    `kinds` of features; `scale` of the differences; `mean` and `spread` of the likenesses; `weights` of the head.
+    `fit` takes pairs, verdicts "A", "B" or "C" and, if any, distributions over these letters.
     """
 
-    kinds: str
-    scale: np.ndarray
-    mean: np.ndarray
-    spread: np.ndarray
-    weights: np.ndarray
+    KINDS = ("length", "content", "similarity")
+    STRENGTHS = (0.03, 0.1, 0.3)
 
-    @classmethod
-    def fit(cls, pairs: list[Pair], verdicts: list[str], soft: np.ndarray | None = None, alpha: float = 1.0,
-            temperature: float = 1.0) -> "PairStudent":
-        """Train on the teacher's verdicts ("A", "B" or "C"). Feature kinds and strength are chosen by cross-validation on
-        these pairs alone, by likelihood.
+    @staticmethod
+    def featurize(pairs: list[Pair], kinds: str) -> np.ndarray:
+        return featurize_pairs(pairs, kinds)
 
-        Args:
-            soft: the teacher's distribution over A, B, C, (pairs, 3); by default all on its verdict.
+    @staticmethod
+    def _labels(verdicts: list, soft: list[dict]) -> np.ndarray:
+        return np.array(list(VERDICTS))
 
-        Raises:
-            ValueError: alpha or temperature out of range, or too little to learn from.
-        """
-        check_settings(alpha, temperature)
-        if len(set(verdicts)) < 2:
-            raise ValueError(f"all {len(verdicts)} rows have the verdict {verdicts[0]}: there is nothing to tell apart")
-        hard = np.array([[verdict == letter for letter in VERDICTS] for verdict in verdicts], dtype=float)
-        soft = hard if soft is None else np.asarray(soft, dtype=float)
-        settings = {"alpha": alpha, "temperature": temperature}
-        fold = np.random.default_rng(0).permutation(len(pairs)) % FOLDS
-        best = (np.inf, None, None)
-        for kinds in ("length", "content", "similarity"):
-            x = featurize_pairs(pairs, kinds)
-            for strength in STRENGTHS:
-                loss = 0.0
-                for k in range(FOLDS):
-                    train, held = fold != k, fold == k
-                    model = cls._fit(kinds, [part[train] for part in x], hard[train], soft[train], strength, settings)
-                    loss -= (hard[held] * np.log(model._predict(*[part[held] for part in x]))).sum()
-                best = min(best, (loss, kinds, strength), key=lambda choice: choice[0])
-        _, kinds, strength = best
-        return cls._fit(kinds, featurize_pairs(pairs, kinds), hard, soft, strength, settings)
+    @staticmethod
+    def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Differences are not centred: theirs is 0, the middle between A and B."""
+        mean, scale = x.mean(axis=0), x.std(axis=0)
+        mean[:-LIKENESSES], scale[:-LIKENESSES] = 0, np.sqrt((x[:, :-LIKENESSES] ** 2).mean(axis=0))
+        return mean, scale
 
-    @classmethod
-    def _fit(cls, kinds, x, hard, soft, strength, settings) -> "PairStudent":
-        difference, likeness = x
-        scale, spread = np.sqrt((difference**2).mean(axis=0)), likeness.std(axis=0)
-        scale, spread, mean = np.where(scale > 1e-9, scale, 1.0), np.where(spread > 1e-9, spread, 1.0), likeness.mean(axis=0)
-        both = np.hstack([difference / scale, (likeness - mean) / spread])
-        basis = _basis(difference.shape[1], likeness.shape[1])
-        return cls(kinds, scale, mean, spread, fit_head(both, hard, soft, basis, strength=strength, **settings))
+    @staticmethod
+    def _basis(features: int) -> np.ndarray:
+        """Ties the head's weights so that a difference speaks for A as much as against B, and a likeness for a tie only."""
+        rows = np.arange((features + 1) * 3).reshape(-1, 3)
+        basis = np.zeros((rows.size, len(rows)))
+        for i in range(len(rows)):
+            if i < features - LIKENESSES:
+                basis[rows[i, 0], i], basis[rows[i, 1], i] = 1, -1
+            else:
+                basis[rows[i, 2], i] = 1
+        return basis
 
-    def _predict(self, difference: np.ndarray, likeness: np.ndarray) -> np.ndarray:
-        d = difference.shape[1]
-        lean = difference / self.scale @ self.weights[:d, 0]
-        tie = (likeness - self.mean) / self.spread @ self.weights[d:-1, 2] + self.weights[-1, 2]
-        return _softmax(np.stack([lean, -lean, tie], axis=1))
+    @staticmethod
+    def _error(probabilities: np.ndarray, hard: np.ndarray, labels: np.ndarray) -> float:
+        """What cross-validation makes small: the negative log-likelihood."""
+        return float(-(hard * np.log(probabilities)).sum())
 
-    def probabilities(self, pairs: list[Pair]) -> np.ndarray:
-        """P(A), P(B) and P(tie) of each pair, (pairs, 3)."""
-        return self._predict(*featurize_pairs(pairs, self.kinds))
+    def _logits(self, z: np.ndarray) -> np.ndarray:
+        lean = z[:, :-LIKENESSES] @ self.weights[: -LIKENESSES - 1, 0]
+        tie = z[:, -LIKENESSES:] @ self.weights[-LIKENESSES - 1: -1, 2] + self.weights[-1, 2]
+        return np.stack([lean, -lean, tie], axis=1)
 
     def verdicts(self, pairs: list[Pair]) -> list[str]:
         """The likeliest of "A", "B" and "C" for each pair."""
@@ -155,9 +126,9 @@ class PairStudent(Saved):
 class PairJudge(LocalJudge):
     """A function of (question, source, answer A, answer B) that returns (verdict, reason), behind the face of an LLM."""
 
-    def _reply(self, messages: list[dict]) -> str:
+    def _reply(self, messages: list[dict]) -> tuple[str, dict]:
         verdict, reason = self._judge(read_pair_prompt(messages))
-        return f"{reason}\n\nFinal Verdict: [[{verdict}]]"
+        return f"{reason}\n\nFinal Verdict: [[{verdict}]]", {}
 
 
 def _more(first: float, second: float) -> str:

@@ -104,11 +104,15 @@ def call_key(model: str, messages: list[dict], params: dict, sample: int) -> str
     return hashlib.sha256(call.encode()).hexdigest()
 
 
-def make_row(call: dict, response: str, usage: dict | None = None, finish_reason: str | None = None) -> dict:
-    """A row of `calls.jsonl`: a call (`model`, `messages`, `params`, `sample`) with its key and its answer."""
+def make_row(call: dict, response: str, usage: dict | None = None, finish_reason: str | None = None,
+             logprobs: list[dict] | None = None) -> dict:
+    """A row of `calls.jsonl`: a call (`model`, `messages`, `params`, `sample`) with its key and its answer.
+
+    `logprobs`, of each token of the reply's first line {alternative: log-probability}, is in the row only if it was asked for.
+    """
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     answer = {"response": response, "usage": usage, "finish_reason": finish_reason, "created": created}
-    return {"v": SCHEMA, "key": call_key(**call), **call, **answer}
+    return {"v": SCHEMA, "key": call_key(**call), **call, **answer, **({"logprobs": logprobs} if logprobs else {})}
 
 
 class CallLog:
@@ -259,7 +263,7 @@ def check_row(row: dict, where: str) -> dict:
     """Return a row of `calls.jsonl` as it is, or raise DamagedFile."""
     if row.get("v") != SCHEMA:
         raise DamagedFile(f"{where}: row of schema version {row.get('v')!r}, expected {SCHEMA}")
-    if set(row) != set(FIELDS):
+    if set(row) - {"logprobs"} != set(FIELDS):
         raise DamagedFile(f"{where}: expected the fields {', '.join(FIELDS)}; found {', '.join(row)}")
     if not isinstance(row["response"], str):
         raise DamagedFile(f"{where}: expected text in 'response', found {type(row['response']).__name__}")

@@ -1,45 +1,47 @@
 """The local student: a judge that anyone can train. Frozen encoder, lexical features, a softmax head over the verdicts."""
 
 import re
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, MessageRole
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, LogProb, MessageRole
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
 
 from .datasets import local_embedding
 
-Item = tuple[str, str, str]  # question, reference answer, answer to judge
+Item = tuple[str, str, str]  # question, evidence (the reference answer, or the context), answer to judge
 
-SECTIONS = re.compile(r"## User Query\n(.*?)\n\n## Reference Answer\n(.*?)\n\n## Generated Answer\n(.*?)\n?\Z", re.S)
+SECTIONS = re.compile(r"## User Query\n(.*?)\n\n## (?:Reference Answer|Context)\n(.*?)\n\n## Generated Answer\n(.*?)\n?\Z", re.S)
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 STOPWORDS = frozenset("a an and are as at be been but by did do does for from had has have he her him his how i in into is it "
                       "its no not of on or our she so than that the their them then there these they this to was we were what "
                       "when where which while who whom whose why will with would you your".split())
-STRENGTHS = (0.01, 0.03, 0.1)
 FOLDS = 5
 
 
 def read_prompt(messages: list[dict]) -> Item:
-    """(question, reference, answer) from the messages of a CorrectnessEvaluator prompt.
+    """(question, evidence, answer) from the messages of a CorrectnessEvaluator or SingleGradingEvaluator prompt.
 
     Raises:
-        ValueError: the prompt does not have the evaluator's three sections.
+        ValueError: the prompt does not have the evaluators' three sections.
     """
     text = next((message["content"] for message in messages if message["role"] == "user"), "")
     if not (match := SECTIONS.search(text)):
-        raise ValueError("a local judge reads CorrectnessEvaluator's prompt, with the sections User Query, Reference Answer and "
-                         f"Generated Answer; this one begins {text[:80]!r}")
+        raise ValueError("a local judge reads CorrectnessEvaluator's prompt, with the sections User Query, Reference Answer (or "
+                         f"Context) and Generated Answer; this one begins {text[:80]!r}")
     return match.groups()
 
 
 def items_of(rows: list[dict]) -> list[Item]:
-    """The items of correctness rows."""
-    return [(row["question"], row["reference"], row["response_data"]["text"]) for row in rows]
+    """The items of correctness rows or, where rows have no reference, of single-grading rows."""
+    return [(row["question"], row["reference"] if "reference" in row else row["response_data"]["context"], row["response_data"]["text"])
+            for row in rows]
 
 
 def words(text: str) -> set[str]:
@@ -54,11 +56,27 @@ def overlap(reference: str, answer: str) -> float:
 
 
 def embed(texts: list[str]) -> np.ndarray:
-    """Unit vectors of the local encoder, shape (texts, 384). Each text is encoded once a process."""
+    """Unit vectors of the local encoder, shape (texts, 384). Each text is encoded once a process.
+
+    The encoder reads the first 256 tokens of a text. That a text is longer is said once a process.
+    """
     # By length, since a batch takes as long as its longest text makes it.
     new = sorted(set(texts), key=lambda text: (len(text), text))
-    vectors = dict(zip(new, local_embedding().get_text_embedding_batch(new)))
+    encoder = local_embedding()
+    if any(len(text) > encoder.max_length and _tokens(text) > encoder.max_length for text in reversed(new)):
+        _say_too_long(encoder.max_length)
+    vectors = dict(zip(new, encoder.get_text_embedding_batch(new)))
     return np.array([vectors[text] for text in texts])
+
+
+def _tokens(text: str) -> int:
+    return len(local_embedding()._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
+@lru_cache(maxsize=1)
+def _say_too_long(tokens: int) -> None:
+    warnings.warn(f"a text is longer than the {tokens} tokens that the encoder reads: what comes after them counts by its words "
+                  "only (said once)", stacklevel=3)
 
 
 def _share(part: set, whole: set) -> float:
@@ -101,9 +119,9 @@ def featurize(items: list[Item], kinds: str) -> np.ndarray:
     return np.concatenate(columns, axis=1)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def distillation_loss(weights: np.ndarray, x: np.ndarray, hard: np.ndarray, soft: np.ndarray, alpha: float = 1.0,
@@ -126,16 +144,29 @@ def distillation_loss(weights: np.ndarray, x: np.ndarray, hard: np.ndarray, soft
     """
     w = weights.reshape(x.shape[1] + 1, hard.shape[1])
     logits = x @ w[:-1] + w[-1]
-    student, cooled = _softmax(logits), _softmax(logits / temperature)
-    teacher = soft ** (1 / temperature)
-    teacher = teacher / teacher.sum(axis=1, keepdims=True)
-    tiny = np.finfo(float).tiny
-    cross_entropy = -(hard * np.log(np.maximum(student, tiny))).sum() / len(x)
-    divergence = (teacher * (np.log(np.maximum(teacher, tiny)) - np.log(np.maximum(cooled, tiny)))).sum() / len(x)
-    loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence + strength / 2 * (w[:-1] ** 2).sum()
-    error = (alpha * (student - hard) + (1 - alpha) * temperature * (cooled - teacher)) / len(x)
+    loss, error = strength / 2 * (w[:-1] ** 2).sum(), 0.0
+    if alpha > 0:
+        log_student = _log_softmax(logits)
+        loss -= alpha * (hard * log_student).sum() / len(x)
+        error = alpha * (np.exp(log_student) - hard)
+    if alpha < 1:
+        log_student = _log_softmax(logits / temperature)
+        teacher = soft ** (1 / temperature)
+        teacher = teacher / teacher.sum(axis=1, keepdims=True)
+        log_teacher = np.log(np.maximum(teacher, np.finfo(float).tiny))
+        loss += (1 - alpha) * temperature**2 * (teacher * (log_teacher - log_student)).sum() / len(x)
+        error = error + (1 - alpha) * temperature * (np.exp(log_student) - teacher)
+    error = error / len(x)
     gradient = np.concatenate([x.T @ error + strength * w[:-1], error.sum(axis=0, keepdims=True)])
     return loss, gradient.ravel()
+
+
+def folds(items: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(train, held out) masks of the folds of cross-validation, seeded; items with the same question, their first part, stay together."""
+    questions = list(dict.fromkeys(item[0] for item in items))
+    fold = dict(zip(questions, np.random.default_rng(0).permutation(len(questions)) % FOLDS))
+    fold = np.array([fold[item[0]] for item in items])
+    return [(fold != k, fold == k) for k in range(FOLDS)]
 
 
 def check_settings(alpha: float, temperature: float) -> None:
@@ -166,12 +197,131 @@ def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, basis: np.ndarra
     return (found if basis is None else basis @ found).reshape(shape)
 
 
-class Saved:
-    """A student that can be written to a file: `kinds` of features, and arrays."""
+@dataclass
+class Student:
+    """A trained judge: `kinds` of features, their `mean` and `scale`, head `weights`, the verdicts' `labels`."""
+
+    kinds: str
+    mean: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    labels: np.ndarray
+    held_out: np.ndarray | None = None
+
+    KINDS = ("lexical", "similarity")
+    STRENGTHS = (0.01, 0.03, 0.1)
+
+    @classmethod
+    def fit(cls, items: list[tuple], verdicts: list, soft: list[dict] | None = None, alpha: float = 1.0, temperature: float = 1.0) -> "Student":
+        """Train on the teacher's verdicts.
+
+        Feature kinds and strength are chosen by cross-validation on these items alone. Items with the same question stay together
+        in it, so that nothing is held out of which a sibling is learnt. `held_out` of the trained student are the distributions
+        that it gave each item when it was held out, (items, verdicts).
+
+        Args:
+            items: question, evidence and answer, a row each.
+            verdicts: the teacher's score of each row, on any scale: the hard labels.
+            soft: the teacher's distribution of each row, {score: probability}; by default all on its verdict.
+            alpha, temperature: see `distillation_loss`.
+
+        Raises:
+            ValueError: alpha or temperature out of range, or too little to learn from.
+        """
+        check_settings(alpha, temperature)
+        soft = soft or [{verdict: 1.0} for verdict in verdicts]
+        if len(set(verdicts)) < 2:
+            raise ValueError(f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell apart")
+        labels = cls._labels(verdicts, soft)
+        hard = (np.asarray(verdicts)[:, None] == labels).astype(float)
+        shares = np.array([[row.get(label, 0.0) for label in labels.tolist()] for row in soft])
+        settings = {"alpha": alpha, "temperature": temperature}
+        best = (np.inf, None, None, None, None)
+        for kinds in cls.KINDS:
+            x = cls.featurize(items, kinds)
+            if len(items) < x.shape[1]:
+                raise ValueError(f"{len(items)} rows are too few to learn from: the student has {x.shape[1]} features")
+            for strength in cls.STRENGTHS:
+                unseen = np.empty(hard.shape)
+                for train, held in folds(items):
+                    unseen[held] = cls._fit(kinds, x[train], hard[train], shares[train], labels, strength, settings)._predict(x[held])
+                best = min(best, (cls._error(unseen, hard, labels), kinds, strength, x, unseen), key=lambda choice: choice[0])
+        _, kinds, strength, x, unseen = best
+        student = cls._fit(kinds, x, hard, shares, labels, strength, settings)
+        student.held_out = unseen
+        return student
+
+    # What a kind of judge has of its own.
+
+    @staticmethod
+    def featurize(items: list[Item], kinds: str) -> np.ndarray:
+        return featurize(items, kinds)
+
+    @staticmethod
+    def _labels(verdicts: list, soft: list[dict]) -> np.ndarray:
+        return np.unique([*verdicts, *(score for row in soft for score in row)])
+
+    @staticmethod
+    def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, scale) of the features."""
+        return x.mean(axis=0), x.std(axis=0)
+
+    @staticmethod
+    def _basis(features: int) -> np.ndarray | None:
+        return None
+
+    @staticmethod
+    def _error(probabilities: np.ndarray, hard: np.ndarray, labels: np.ndarray) -> float:
+        """What cross-validation makes small: squared error of the expected score."""
+        return float(((probabilities @ labels - hard @ labels) ** 2).sum())
+
+    def _logits(self, z: np.ndarray) -> np.ndarray:
+        return z @ self.weights[:-1] + self.weights[-1]
+
+    # What all have in common.
+
+    @classmethod
+    def _fit(cls, kinds, x, hard, soft, labels, strength, settings) -> "Student":
+        mean, scale = cls._standard(x)
+        scale = np.where(scale > 1e-9, scale, 1.0)
+        weights = fit_head((x - mean) / scale, hard, soft, cls._basis(x.shape[1]), strength=strength, **settings)
+        return cls(kinds, mean, scale, weights, labels)
+
+    def _predict(self, x: np.ndarray) -> np.ndarray:
+        return np.exp(_log_softmax(self._logits((x - self.mean) / self.scale)))
+
+    def probabilities(self, items: list[tuple]) -> np.ndarray:
+        """The student's distribution over `labels`, (items, verdicts)."""
+        return self._predict(self.featurize(items, self.kinds))
+
+    def scores(self, items: list[Item]) -> np.ndarray:
+        """The expected score of each item under the student's distribution, shape (items,).
+
+        To one decimal, or two where the labels lie within 1: finer ones would differ between machines, by float noise alone.
+        """
+        return np.round(self.probabilities(items) @ self.labels, self._decimals())
+
+    def _decimals(self) -> int:
+        return 1 if np.ptp(self.labels) > 1 else 2
+
+    def llm(self, name: str = "local-student") -> "LocalJudge":
+        """The student as a LlamaIndex LLM, for `CorrectnessEvaluator(llm=...)` and `SingleGradingEvaluator`. It answers on the
+        scale of the scores that it learnt."""
+
+        def judge(item: Item) -> tuple[float, str, dict]:
+            probabilities = self.probabilities([item])[0]
+            likely = sorted(zip(-probabilities, self.labels))[:2]
+            verdicts = " or ".join(f"{label:.1f} ({-p:.0%})" for p, label in likely)
+            found = _share(words(item[1]) - words(item[0]), words(item[2]))
+            reason = (f"Most like answers that the teacher gave {verdicts}. Of what the reference adds to the question, the answer "
+                      f"has {found:.0%}, word for word.")
+            return float(self.scores([item])[0]), reason, dict(zip(self.labels.tolist(), probabilities.tolist()))
+
+        return LocalJudge(judge, model_name=name, decimals=self._decimals())
 
     def save(self, path: str | Path) -> None:
         """Write the student to an `.npz` file."""
-        np.savez(path, **{**vars(self), "kinds": np.array(self.kinds)})
+        np.savez(path, **{name: value for name, value in vars(self).items() if name != "held_out"})
 
     @classmethod
     def load(cls, path: str | Path):
@@ -180,96 +330,20 @@ class Saved:
             return cls(**{**{name: file[name] for name in file.files}, "kinds": str(file["kinds"])})
 
 
-@dataclass
-class Student(Saved):
-    """A trained judge: `kinds` of features, their `mean` and `scale`, head `weights`, the verdicts' `labels`."""
-
-    kinds: str
-    mean: np.ndarray
-    scale: np.ndarray
-    weights: np.ndarray
-    labels: np.ndarray
-
-    @classmethod
-    def fit(cls, items: list[Item], scores: list[float], soft: np.ndarray | None = None, alpha: float = 1.0,
-            temperature: float = 1.0) -> "Student":
-        """Train on the teacher's scores. Feature kinds and strength are chosen by cross-validation on these items alone.
-
-        Args:
-            items: question, reference and answer, a row each.
-            scores: the teacher's score of each row.
-            soft: the teacher's distribution over the sorted distinct scores, (rows, verdicts); by default all on its score.
-
-        Raises:
-            ValueError: alpha or temperature out of range, or too little to learn from.
-        """
-        check_settings(alpha, temperature)
-        labels = np.unique(scores)
-        if len(labels) < 2:
-            raise ValueError(f"all {len(items)} rows have the score {labels[0]:g}: there is nothing to tell apart")
-        hard = (np.asarray(scores)[:, None] == labels).astype(float)
-        soft = hard if soft is None else np.asarray(soft, dtype=float)
-        settings = {"alpha": alpha, "temperature": temperature}
-        fold = np.random.default_rng(0).permutation(len(items)) % FOLDS
-        best = (np.inf, None, None)
-        for kinds in ("lexical", "similarity"):
-            x = featurize(items, kinds)
-            for strength in STRENGTHS:
-                error = 0.0
-                for k in range(FOLDS):
-                    train, held = fold != k, fold == k
-                    model = cls._fit(kinds, x[train], hard[train], soft[train], labels, strength, settings)
-                    error += ((model._predict(x[held]) @ labels - (hard @ labels)[held]) ** 2).sum()
-                best = min(best, (error, kinds, strength), key=lambda choice: choice[0])
-        _, kinds, strength = best
-        return cls._fit(kinds, featurize(items, kinds), hard, soft, labels, strength, settings)
-
-    @classmethod
-    def _fit(cls, kinds, x, hard, soft, labels, strength, settings) -> "Student":
-        mean, scale = x.mean(axis=0), x.std(axis=0)
-        scale = np.where(scale > 1e-9, scale, 1.0)
-        return cls(kinds, mean, scale, fit_head((x - mean) / scale, hard, soft, strength=strength, **settings), labels)
-
-    def _predict(self, x: np.ndarray) -> np.ndarray:
-        return _softmax((x - self.mean) / self.scale @ self.weights[:-1] + self.weights[-1])
-
-    def probabilities(self, items: list[Item]) -> np.ndarray:
-        """The student's distribution over `labels`, (items, verdicts)."""
-        return self._predict(featurize(items, self.kinds))
-
-    def scores(self, items: list[Item]) -> np.ndarray:
-        """The expected score of each item under the student's distribution, shape (items,).
-
-        To one decimal: finer ones would differ between machines, by float noise alone.
-        """
-        return np.round(self.probabilities(items) @ self.labels, 1)
-
-    def llm(self, name: str = "local-student") -> "LocalJudge":
-        """The student as a LlamaIndex LLM, for `CorrectnessEvaluator(llm=...)`."""
-
-        def judge(item: Item) -> tuple[float, str]:
-            probabilities = self.probabilities([item])[0]
-            likely = sorted(zip(-probabilities, self.labels))[:2]
-            verdicts = " or ".join(f"{label:.1f} ({-p:.0%})" for p, label in likely)
-            found = _share(words(item[1]) - words(item[0]), words(item[2]))
-            return float(self.scores([item])[0]), (f"Most like answers that the teacher gave {verdicts}. Of what the reference "
-                                                   f"adds to the question, the answer has {found:.0%}, word for word.")
-
-        return LocalJudge(judge, model_name=name)
-
-
 class LocalJudge(CustomLLM):
     """A function of (question, reference, answer) behind the face of an LLM: it reads the judge's prompt, and answers in form.
 
     Args:
-        judge: returns (score, reason).
+        judge: returns (score, reason), or (score, reason, {score: probability}); the last becomes the reply's log-probabilities.
         model_name: its name.
+        decimals: of the score in the reply. Finer ones would differ between machines, by float noise alone.
     """
 
     model_name: str
+    decimals: int = 1
     _judge: Callable = PrivateAttr()
 
-    def __init__(self, judge: Callable[[Item], tuple[float, str]], **settings: Any) -> None:
+    def __init__(self, judge: Callable[[Item], tuple], **settings: Any) -> None:
         super().__init__(**settings)
         self._judge = judge
 
@@ -279,12 +353,13 @@ class LocalJudge(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
-        reply = self._reply([{"role": m.role.value, "content": m.content} for m in messages])
-        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=reply))
+        reply, distribution = self._reply([{"role": m.role.value, "content": m.content} for m in messages])
+        tokens = [LogProb(token=f"{score:g}", logprob=float(np.log(p))) for score, p in distribution.items() if p > 0]
+        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=reply), logprobs=[tokens] if tokens else None)
 
-    def _reply(self, messages: list[dict]) -> str:
-        score, reason = self._judge(read_prompt(messages))
-        return f"{score:.1f}\n{reason}"
+    def _reply(self, messages: list[dict]) -> tuple[str, dict]:
+        score, reason, *distribution = self._judge(read_prompt(messages))
+        return f"{score:.{self.decimals}f}\n{reason}", distribution[0] if distribution else {}
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         return CompletionResponse(text=self.chat([ChatMessage(role=MessageRole.USER, content=prompt)]).message.content)
@@ -293,23 +368,22 @@ class LocalJudge(CustomLLM):
         yield self.complete(prompt)
 
 
-def _from_share(share: float) -> float:
-    """A share, 0 to 1, on the scale from 1 to 5."""
-    return 1 + 4 * min(1.0, max(0.0, share))
+def untrained_judges(constant: float, low: float = 1, high: float = 5) -> dict[str, LocalJudge]:
+    """The judges that learn nothing, on a scale from `low` to `high`: the base student, and the trivial ones.
 
-
-def untrained_judges(constant: float) -> dict[str, LocalJudge]:
-    """The judges that learn nothing: the base student, and the trivial ones that any judge must beat.
-
-    - `base`: the encoder's cosine of reference and answer, untrained.
-    - `overlap`: F1 of the words of reference and answer.
+    - `base`: the encoder's cosine of evidence (reference or context) and answer, untrained.
+    - `overlap`: F1 of the words of evidence and answer.
     - `longer`: the longer the better, full marks from 60 words on.
     - `constant`: always the same score (give it the training rows' median).
     """
+
+    def scaled(share: float) -> float:
+        return low + (high - low) * min(1.0, max(0.0, share))
+
     rules = {
-        "base": lambda item: (_from_share(float(np.dot(*embed([item[1], item[2]])))), "Cosine of the embeddings."),
-        "overlap": lambda item: (_from_share(overlap(item[1], item[2])), "Words in common."),
-        "longer": lambda item: (_from_share(len(WORD.findall(item[2])) / 60), "Length."),
+        "base": lambda item: (scaled(float(np.dot(*embed([item[1], item[2]])))), "Cosine of the embeddings."),
+        "overlap": lambda item: (scaled(overlap(item[1], item[2])), "Words in common."),
+        "longer": lambda item: (scaled(len(WORD.findall(item[2])) / 60), "Length."),
         "constant": lambda item: (constant, "Always this."),
     }
-    return {name: LocalJudge(rule, model_name=name) for name, rule in rules.items()}
+    return {name: LocalJudge(rule, model_name=name, decimals=1 if high - low > 1 else 2) for name, rule in rules.items()}
