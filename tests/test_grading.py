@@ -10,7 +10,7 @@ from fake import FakeLive
 from helpers import (CallLog, Collected, DamagedFile, ExtractiveAnswerer, LocalFinetuneEngine, LocalJudge, SingleGradingEvaluator,
                      Student, answer_in_context, compare_designs, compare_graders, correctness_report, fill, finetuning_events,
                      grading_report, items_of, judge_rows, load_rows, pool_samples, probabilities_of, read_prompt, read_score,
-                     read_score_tokens, save_events, save_rows, score_distribution, scores_of, untrained_judges)
+                     read_score_tokens, readable_events, save_events, save_rows, score_distribution, scores_of, untrained_judges)
 from helpers import datasets, metrics
 from helpers import student as student_module
 from helpers.grade_metrics import GRADES
@@ -114,7 +114,7 @@ def test_rows_are_graded_on_the_context_and_anything_unreadable_is_invalid(gradi
     assert first == {"llm": "t", "score": 0.9, "acceptable": True, "text": "0.9\nGood."}
     assert second["score"] == pytest.approx(0.85) and fifth["acceptable"] is False
     assert (third["score"], third["invalid"], fourth["invalid"]) == (None, "no score in the reply", "score 1.5 is outside 0 to 1")
-    assert "acceptable" not in third
+    assert third["acceptable"] is None
 
 
 def test_exactly_the_threshold_is_not_acceptable(grading_rows):
@@ -176,10 +176,17 @@ def sampled(row, *scores):
 def test_samples_are_pooled_over_the_valid_ones(grading_rows):
     [row] = pool_samples([sampled(grading_rows[0], 1.0, 0.4, 0.9)], ["s0", "s1", "s2"], name="teacher")
     assert row["evaluations"] == [{"llm": "teacher", "score": 0.9, "acceptable": True, "text": "said 0.9", "samples": [1.0, 0.4, 0.9]}]
+    [row] = pool_samples([sampled(grading_rows[0], 0.8, 0.8, 0.9)], ["s0", "s1", "s2"], name="teacher")
+    assert row["evaluations"][0]["acceptable"] is False
     [row] = pool_samples([sampled(grading_rows[0], None, 0.9, 0.7)], ["s0", "s1", "s2"], name="teacher")
     [evaluation] = row["evaluations"]
     assert evaluation["score"] == 0.7 and evaluation["samples"] == [None, 0.9, 0.7] and not evaluation["acceptable"]
     assert score_distribution(evaluation) == {0.7: 0.5, 0.9: 0.5} and probabilities_of([row], "teacher")[0] == 0.5
+
+
+def test_a_sample_at_the_threshold_does_not_accept(grading_rows):
+    rows = pool_samples([sampled(grading_rows[0], 0.8, 0.9, 0.9)], ["s0", "s1", "s2"], name="teacher")
+    assert probabilities_of(rows, "teacher")[0] == pytest.approx(2 / 3)
 
 
 def test_a_row_without_a_valid_sample_is_invalid_and_counted(grading_rows):
@@ -417,6 +424,7 @@ def test_the_engine_reads_several_replies_to_a_prompt_as_a_distribution(tmp_path
 
 @pytest.mark.parametrize("change, said", [
     ({"alpha": 1.5}, "alpha=1.5: expected 0 to 1"), ({"temperature": 0}, "temperature=0: expected above 0"),
+    ({"verdicts": [0.9, 0.1, None, float("nan"), 0.5] * 6}, "row 2 has no verdict of the teacher's \\(of 12 rows\\)"),
     ({"verdicts": [0.9] * 30}, "all 30 rows have the verdict 0.9"),
     ({"items": [("q", "c", "a")] * 9, "verdicts": [0.1, 0.9, 0.5] * 3}, "9 rows are too few to learn from: the student has 15 features"),
 ])
@@ -464,6 +472,16 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     assert whole.loc["teacher's calls a row", "pairwise"] == "2" and len(chats) == 2 * int(whole.loc["rows to learn from", "pairwise"])
     (tmp_path / "pairwise").symlink_to(DATA / "pairwise")
     assert list(compare_designs(tmp_path)) == ["pairwise"]
+
+
+def test_what_cannot_be_read_is_not_learnt_from(tmp_path, bundled):
+    chats = load_rows(BUNDLED / "single_grading_finetuning_events.jsonl")
+    bad = [{"messages": [*chat["messages"][:2], {"role": "assistant", "content": "I would rather not."}]} for chat in chats[:4]]
+    save_events(tmp_path / "x.jsonl", bad + chats)
+    with pytest.raises(DamagedFile, match="line 1: cannot learn from the reply: no score"):
+        LocalFinetuneEngine("minilm", tmp_path / "x.jsonl", scale=(0, 1)).finetune()
+    assert readable_events(bad + chats, 0, 1) == chats and readable_events(chats[:9]) == [
+        chat for chat in chats[:9] if chat["messages"][2]["content"].startswith("1.0")]
 
 
 def test_events_of_three_samples_stay_with_their_rows(tmp_path, grading_rows):

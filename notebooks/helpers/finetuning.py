@@ -61,6 +61,11 @@ def finetuning_events():
                    for key, chat in sorted(recorder.chats.items(), key=lambda item: item[0][0])]
 
 
+def readable_events(events: list[dict], low: float = 1, high: float = 5) -> list[dict]:
+    """The chats whose reply holds a score from `low` to `high`: what cannot be read cannot be learnt from."""
+    return [event for event in events if read_score(event["messages"][-1]["content"], low, high)[0] is not None]
+
+
 def save_events(path: str | Path, events: list[dict]) -> None:
     """Write chats as an OpenAI fine-tuning file, line for line as OpenAIFineTuningHandler does."""
     write_text(path, "\n".join(json.dumps({"messages": event["messages"]}) for event in events))

@@ -59,7 +59,7 @@ class SingleGradingEvaluator(BaseEvaluator):
         raise NotImplementedError("give the rubric to the constructor")
 
     async def grade(self, question: str, context: str, answer: str) -> dict:
-        """One judgement: `score` (None if invalid, with the reason under `invalid`), `acceptable`, `text` (the reply), and with
+        """One judgement: `score` and `acceptable` (None if invalid, with the reason under `invalid`), `text` (the reply), and with
         `logprobs` also `distribution`, [[score, probability], ...], whose lower median the score is."""
         response = await self.llm.achat(self.messages(question, context, answer))
         text = response.message.content or ""
@@ -69,7 +69,7 @@ class SingleGradingEvaluator(BaseEvaluator):
             distribution, reason = read_score_tokens(response.logprobs or [], self.scale)
             score = lower_median(distribution) if reason is None else None
         if reason:
-            return {"score": None, "text": text, "invalid": reason}
+            return {"score": None, "acceptable": None, "text": text, "invalid": reason}
         graded = {"score": score / self.scale, "acceptable": score / self.scale > ACCEPTABLE, "text": text}
         return graded | ({"distribution": [[score / self.scale, p] for score, p in distribution.items()]} if distribution else {})
 
@@ -100,7 +100,7 @@ def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict
             raise KeyError(f"row {number} has no judgement by {missing[0]!r}")
         drawn = [given[judge] for judge in judges]
         samples = [evaluation["score"] for evaluation in drawn]
-        one = {"llm": name, "score": None, "text": drawn[0]["text"], "samples": samples}
+        one = {"llm": name, "score": None, "acceptable": None, "text": drawn[0]["text"], "samples": samples}
         if distribution := score_distribution(one):
             score = lower_median(distribution)
             one |= {"score": score, "acceptable": score > ACCEPTABLE, "text": drawn[samples.index(score)]["text"]}

@@ -78,7 +78,7 @@ async def _judge_graded(evaluator: SingleGradingEvaluator, row: dict, name: str)
     try:
         return {"llm": name, **await evaluator.grade(row["question"], row["response_data"]["context"], row["response_data"]["text"])}
     except CallFailed as error:
-        return {"llm": name, "score": None, "text": None, "invalid": f"the call failed: {error}"}
+        return {"llm": name, "score": None, "acceptable": None, "text": None, "invalid": f"the call failed: {error}"}
 
 
 async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: str) -> dict:

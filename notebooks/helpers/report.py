@@ -163,10 +163,11 @@ def plot_probabilities(rows: list[dict], teacher: str, judges: list[str], bins: 
     from sklearn.metrics import roc_curve
 
     figure, (roc, reliability) = _axes(2)
-    truth = scores_of(rows, teacher) > ACCEPTABLE
+    graded = scores_of(rows, teacher)
+    truth = graded > ACCEPTABLE
     for judge, color in zip(judges, (BLUE, ORANGE, GREY)):
         p = probabilities_of(rows, judge)
-        valid = ~np.isnan(p)
+        valid = ~np.isnan(p) & ~np.isnan(graded)
         false, true, _ = roc_curve(truth[valid], p[valid])
         roc.plot(false, true, color=color, label=judge)
         share, said = calibration_curve(truth[valid], np.clip(p[valid], 0, 1), n_bins=bins, strategy="quantile")

@@ -210,6 +210,8 @@ class Student:
             ValueError: alpha or temperature out of range, or too little to learn from.
         """
         check_settings(alpha, temperature)
+        if missing := [number for number, verdict in enumerate(verdicts) if verdict != verdict or verdict is None]:
+            raise ValueError(f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave such rows out")
         soft = soft or [{verdict: 1.0} for verdict in verdicts]
         if len(set(verdicts)) < 2:
             raise ValueError(f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell apart")
