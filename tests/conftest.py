@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))
 # At import, so that the notebooks' kernels start without them too.
-for name in ("JUDGE_MODE", "SNAPSHOT", "OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_BASE_URL", "HF_TOKEN",
+for name in ("JUDGE_MODE", "SNAPSHOT", "OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_BASE_URL", "HF_TOKEN", "HUGGING_FACE_TOKEN",
              "TEACHER_MODEL", "WRITER_MODEL", "ANSWERER_MODEL"):
     os.environ.pop(name, None)
 
@@ -25,6 +25,12 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """Between attempts of a live call; what a server asks for is waited for all the same."""
+    monkeypatch.setattr("helpers.models.FIRST_WAIT", 0.01)
 
 
 @pytest.fixture

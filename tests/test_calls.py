@@ -111,7 +111,7 @@ def test_a_missing_call_that_differs_in_its_settings_says_which(path, rows):
 def test_a_live_failure_is_an_invalid_row_and_is_asked_again(path, rows):
     done, events = judged(rows, CallLog(path, "record"), FakeLive(broken="Question 5?"))
     assert [i for i, row in enumerate(done) if row["evaluations"][0]["score"] is None] == [5]
-    assert done[5]["evaluations"][0]["invalid"] == "the call failed: ConnectionError: the line is dead"
+    assert done[5]["evaluations"][0]["invalid"] == "the call failed: ConnectionError: the line is dead (asked 6 times)"
     assert [event["row"] for event in events] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], "a failed call leaves no event"
     live = FakeLive()
     done, _ = judged(rows, CallLog(path, "record"), live)

@@ -1,11 +1,11 @@
 """What the notebooks import. The files, in the order in which the data flows:
 
-snapshots (rows, folders, the call log) -> calls (the LLM in front of it, stages) -> datasets (generate) -> replies, grading,
+snapshots (rows, folders, the call log) -> models (live models) -> calls (the LLM in front of the log, stages) -> datasets (generate) -> replies, grading,
 judging (judge) -> student, pairs, finetuning (fine-tune) -> metrics, pair_metrics, grade_metrics, report (evaluate). Imports only ever point back up this list.
 `published` fetches the files of the 2023 run; `__main__` is what make calls.
 """
 
-from .calls import CallFailed, Collected, MissingCall, fill, run_stage
+from .calls import Collected, MissingCall, fill, run_stage
 from .datasets import (ExtractiveAnswerer, SnapshotReader, answer_in_context, answer_pairs, answer_questions, clean_question, deal, generate_questions, local_embedding, save_qrd,
                        write_questions)
 from .finetuning import (LocalFinetuneEngine, check_events, count_tokens, finetuning_events, readable_events,
@@ -13,6 +13,7 @@ from .finetuning import (LocalFinetuneEngine, check_events, count_tokens, finetu
 from .grading import SingleGradingEvaluator, pool_samples, score_distribution
 from .grade_metrics import compare_graders, grading_report, probabilities_of
 from .judging import judge_rows, resolve_orders
+from .models import CallFailed, RunStopped, live, model_for, name_of
 from .metrics import clusters_of, compare_students, correctness_report, measured, scores_of
 from .pair_metrics import (answer_lengths, compare_pair_students, length_report, order_table, pair_scores, pairwise_report,
                            position_report)

@@ -11,17 +11,15 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms import LLM, CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
 
+from .models import RunStopped, ask, ask_and_block
 from .snapshots import STAGE, CallLog, DamagedFile, call_key, judge_mode, load_rows, make_row, request_id
 
 ROW = contextvars.ContextVar("row", default=0)  # which row of its stage a call belongs to
+FINISH = contextvars.ContextVar("finish", default=None)  # why the last reply of this task ended: evaluators do not hand it on
 
 
 class MissingCall(LookupError):
     """Replay met a call that the log does not hold."""
-
-
-class CallFailed(RuntimeError):
-    """The live model raised; its own exception is the cause."""
 
 
 class NotAnswered(Exception):
@@ -93,11 +91,7 @@ class LoggedLLM(CustomLLM):
         call = self._call(messages, kwargs)
         if recorded := self._recorded(call):
             return recorded
-        try:
-            response = self._live.chat(messages, **call["params"])
-        except Exception as error:
-            raise CallFailed(f"{type(error).__name__}: {error}") from error
-        return self._keep(call, response)
+        return self._keep(call, ask_and_block(lambda: self._live.chat(messages, **call["params"])))
 
     @llm_chat_callback()
     async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -110,12 +104,9 @@ class LoggedLLM(CustomLLM):
             if recorded := self._recorded(call):
                 return recorded
             try:
-                response = await self._live.achat(messages, **call["params"])
-            except Exception as error:
-                raise CallFailed(f"{type(error).__name__}: {error}") from error
+                return self._keep(call, await ask(lambda: self._live.achat(messages, **call["params"])))
             finally:
                 self._asking.pop(key, None)
-            return self._keep(call, response)
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         return _completion(self.chat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs))
@@ -132,6 +123,7 @@ class LoggedLLM(CustomLLM):
 
 
 def _response(row: dict) -> ChatResponse:
+    FINISH.set(row["finish_reason"])
     logprobs = [[LogProb(token=token, logprob=p) for token, p in tokens.items()] for tokens in row.get("logprobs", [])]
     return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]), logprobs=logprobs or None,
                         raw={"usage": row["usage"], "finish_reason": row["finish_reason"]})
@@ -175,11 +167,20 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int = 16
     """
     gate = asyncio.Semaphore(concurrency)
 
+    stopped: list[RunStopped] = []
+
     async def run(number: int, job: Awaitable):
         async with gate:
             STAGE.set(stage)
             ROW.set(number)
-            return await job
+            if stopped:  # what would be asked now would be refused like the one before
+                job.close()
+                raise stopped[0]
+            try:
+                return await job
+            except RunStopped as error:
+                stopped.append(error)
+                raise
 
     from tqdm.auto import tqdm
 
@@ -189,6 +190,8 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int = 16
             task.add_done_callback(lambda _: bar.update())
         results = await asyncio.gather(*tasks, return_exceptions=True)
     failures = [result for result in results if isinstance(result, BaseException)]
+    if stopped:
+        raise RunStopped(f"stage {stage!r}: {stopped[0]} ({len(results) - len(failures)} of {len(results)} rows were done)") from stopped[0].__cause__
     waiting = [failure for failure in failures if isinstance(failure, NotAnswered)]
     for failure in failures:
         if failure not in waiting:

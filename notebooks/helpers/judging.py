@@ -4,8 +4,9 @@ import copy
 
 from llama_index.core.evaluation import BaseEvaluator, CorrectnessEvaluator, EvaluationResult, PairwiseComparisonEvaluator
 
-from .calls import CallFailed, run_stage
+from .calls import FINISH, run_stage
 from .grading import SingleGradingEvaluator
+from .models import CallFailed
 from .replies import read_score, read_verdict
 
 # What the verdicts in the original and the flipped order come to: the score (1 the first answer, 0 the second) as the call of
@@ -70,13 +71,16 @@ async def _judge_correctness(evaluator: CorrectnessEvaluator, row: dict, name: s
             query=row["question"], response=row["response_data"]["text"], reference=row["reference"])
     except CallFailed as error:
         return {"llm": name, "score": None, "text": None, "invalid": f"the call failed: {error}"}
-    score, reason = read_score(result.feedback)
+    score, reason = (None, reason) if (reason := _cut_off()) else read_score(result.feedback)
     return {"llm": name, "score": score, "text": result.feedback, **({"invalid": reason} if reason else {})}
 
 
 async def _judge_graded(evaluator: SingleGradingEvaluator, row: dict, name: str) -> dict:
     try:
-        return {"llm": name, **await evaluator.grade(row["question"], row["response_data"]["context"], row["response_data"]["text"])}
+        graded = await evaluator.grade(row["question"], row["response_data"]["context"], row["response_data"]["text"])
+        if reason := _cut_off():
+            graded = {"score": None, "acceptable": None, "text": graded["text"], "invalid": reason}
+        return {"llm": name, **graded}
     except CallFailed as error:
         return {"llm": name, "score": None, "acceptable": None, "text": None, "invalid": f"the call failed: {error}"}
 
@@ -90,16 +94,23 @@ async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: s
         try:
             result = await evaluator.aevaluate(query=row["question"], response=one, second_response=other, reference=row["source"])
             replies.append(result.feedback)
-            reasons.append(read_verdict(result.feedback)[1])
+            reasons.append(_cut_off() or read_verdict(result.feedback)[1])
         except CallFailed as error:
             replies.append(None)
             reasons.append(f"the call failed: {error}")
-    verdicts = [reply if reply is None else read_verdict(reply)[0] for reply in replies]
+    verdicts = [None if reason else read_verdict(reply)[0] for reply, reason in zip(replies, reasons)]
     if None in verdicts:
         invalid = "; ".join(f"{order}: {reason}" for order, reason in zip(("original", "flipped"), reasons) if reason)
         return {"llm": name, "score": None, "text": replies[0], "source": None, "verdicts": verdicts, "invalid": invalid}
     score, source = resolve_orders(*verdicts)
     return {"llm": name, "score": score, "text": replies[source == "flipped"], "source": source, "verdicts": verdicts}
+
+
+def _cut_off() -> str | None:
+    """Why the reply just given cannot be trusted to be whole: of a score that was cut off, 4.5 may be left as 4."""
+    reason = FINISH.get()
+    FINISH.set(None)
+    return f"cut off (finish_reason {reason})" if reason in ("length", "content_filter") else None
 
 
 def _check_correctness(row: dict, number: int) -> None:

@@ -25,6 +25,7 @@ MODES = ("replay", "record", "collect")
 SCHEMA = 1
 FIELDS = ("v", "key", "model", "messages", "params", "sample", "response", "usage", "finish_reason", "created")
 
+_writers: dict = {}  # path -> the file by which this process writes a log
 STAGE = contextvars.ContextVar("stage", default="(none)")  # the stage that is running, for messages
 
 
@@ -143,10 +144,11 @@ class CallLog:
         return len(self._index)
 
     def llm(self, model_name: str, live: Any = None, **settings: Any):
-        """A LlamaIndex LLM whose calls go through this log: see `LoggedLLM` for the settings."""
+        """A LlamaIndex LLM whose calls go through this log, under the model's name: see `LoggedLLM` for the settings."""
         from .calls import LoggedLLM
+        from .models import name_of
 
-        return LoggedLLM(log=self, live=live, model_name=model_name, **settings)
+        return LoggedLLM(log=self, live=live, model_name=name_of(model_name), **settings)
 
     def get(self, key: str) -> dict | None:
         """The row of a key, or None."""
@@ -187,8 +189,11 @@ class CallLog:
         return row
 
     def _open_to_write(self):
-        if self._writer is None:
+        if self._writer is None or self._writer.closed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A cell that is run again opens the log again: of one process, the newest writes.
+            if older := _writers.pop(self.path.resolve(), None):
+                older.close()
             file = open(self.path, "r+b" if self.path.exists() else "x+b")
             try:
                 if fcntl:
@@ -199,7 +204,7 @@ class CallLog:
                 file.close()
                 raise RuntimeError(f"{self.path}: another process is recording to this log, or has since it was opened "
                                    "here. Let it end, then run this one again.") from error
-            self._writer = file
+            self._writer = _writers[self.path.resolve()] = file
         return self._writer
 
     def collect(self, call: dict) -> None:

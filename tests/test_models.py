@@ -1,0 +1,247 @@
+"""Live models against a server on loopback, through the real clients: settings, faults, retries, secrets."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from aiohttp import web
+from conftest import ROOT
+from helpers import CallLog, RunStopped, judge_rows, live, load_rows, model_for, models, name_of
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.evaluation import CorrectnessEvaluator
+from server import Server, answer
+
+KEY = "sk-proj-Zq81xTnotAkey0000"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(models, "ROOT", tmp_path)  # no .env of the developer's
+
+
+def judged(rows, path, server, model="gpt-4.1", concurrency=16):
+    llm = CallLog(path, "record").llm(name_of(model), live(f"{model}@{server.url}"), params={"temperature": 0})
+    return asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t", concurrency=concurrency))
+
+
+def about(question: str):
+    """Whether a request is about a row's question."""
+    return lambda body: question in body["messages"][-1]["content"]
+
+
+# Faults of one call: what the row says, and how many requests were sent for it. All other rows are judged.
+ONE_CALL = {
+    "429": (lambda before: answer(429, "Rate limit reached", "rate_limit_exceeded"), "RateLimitError", models.ATTEMPTS),
+    "429 for a while": (lambda before: answer(429, "Rate limit reached") if before < 2 else None, None, 3),
+    "400": (lambda before: answer(400, "Unsupported value: temperature"), "BadRequestError", 1),
+    "500": (lambda before: answer(500, "The server had an error"), "InternalServerError", models.ATTEMPTS),
+    "500 once": (lambda before: answer(500, "The server had an error") if before < 1 else None, None, 2),
+    "503": (lambda before: answer(503, "Overloaded"), "InternalServerError", models.ATTEMPTS),
+    "dropped in the body": (lambda before: "drop", "APIConnectionError", models.ATTEMPTS),
+    "dropped once": (lambda before: "drop" if before < 1 else None, None, 2),
+    "bad JSON": (lambda before: web.Response(text="{not json", content_type="application/json"), "JSONDecodeError", 1),
+    "empty choices": (lambda before: web.json_response({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": []}),
+                      "IndexError", 1),
+    "empty content": (lambda before: {"content": ""}, "empty reply", 1),
+    "null content": (lambda before: {"content": None}, "empty reply", 1),
+    "a refusal": (lambda before: {"content": None, "refusal": "I cannot help with that."}, "empty reply", 1),
+    "cut off": (lambda before: {"content": "4.0\nBecau", "finish_reason": "length"}, "cut off (finish_reason length)", 1),
+    "filtered": (lambda before: {"content": "4.0\n", "finish_reason": "content_filter"}, "cut off (finish_reason content_filter)", 1),
+    "no verdict": (lambda before: {"content": "I would rather not."}, "no score in the reply", 1),
+}
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_a_fault_of_one_call_touches_its_row_only(name, rows, tmp_path):
+    fault, said, times = ONE_CALL[name]
+    bad = about("Question 5?")
+    with Server(fault=lambda body, before: fault(before) if bad(body) else None) as server:
+        done = judged(rows, tmp_path / "c.jsonl", server)
+        asked = sum(map(bad, server.bodies))
+        assert (asked, len(server.bodies)) == (times, times + 11)
+        invalid = [row["evaluations"][0].get("invalid") for row in done]
+        assert [i for i, reason in enumerate(invalid) if reason] == ([5] if said else [])
+        assert said is None or said in invalid[5] and done[5]["evaluations"][0]["score"] is None
+        # Once more, with the fault gone: what was answered is not asked again, be it good or bad; what was not, is.
+        server.fault = None
+        answered = len(load_rows(tmp_path / "c.jsonl"))
+        again = judged(rows, tmp_path / "c.jsonl", server)
+        assert len(server.bodies) == times + 11 + (12 - answered)
+        assert answered == (12 if said is None or "Error" not in said else 11)
+        assert [row["evaluations"][0] for row in again if row is not again[5]] == [row["evaluations"][0] for row in done if row is not done[5]]
+
+
+# Faults that every call would meet: the run stops, and asks no more than was under way.
+@pytest.mark.parametrize("status, code, said", [
+    (401, "invalid_api_key", "the key is missing or not valid"), (403, "forbidden", "the key may not do this"),
+    (404, "model_not_found", "there is no such model"), (429, "insufficient_quota", "the account has no quota left"),
+])
+def test_a_fault_of_every_call_stops_the_run(status, code, said, rows, tmp_path):
+    many = [{**row, "question": f"{row['question']} {i}"} for i in range(5) for row in rows]
+    late = []
+
+    def fault(body, before):
+        late.append(1)
+        return answer(status, f"Incorrect API key provided: {KEY}. You exceeded it.", code) if len(late) > 20 else None
+
+    with Server(fault=fault) as server:
+        with pytest.raises(RunStopped, match=said) as stopped:
+            judged(many, tmp_path / "c.jsonl", server, concurrency=4)
+        assert len(server.bodies) <= 24 and len(load_rows(tmp_path / "c.jsonl")) == 20
+        assert "20 of 60 rows were done" in str(stopped.value) and "run again to go on" in str(stopped.value)
+        assert KEY not in str(stopped.value) and "[key]" in str(stopped.value)
+        before, server.fault = len(server.bodies), None
+        assert all(row["evaluations"][0]["score"] for row in judged(many, tmp_path / "c.jsonl", server))
+        assert len(server.bodies) == before + 40
+
+
+@pytest.mark.parametrize("header", [{"Retry-After": "1"}, {"retry-after-ms": "1000"}])
+def test_retry_after_is_obeyed(header, rows, tmp_path):
+    at = []
+
+    def fault(body, before):
+        at.append(time.monotonic())
+        return answer(429, "Slow down", **header) if before == 0 else None
+
+    with Server(fault=fault) as server:
+        judged(rows[:1], tmp_path / "c.jsonl", server)
+    assert len(at) == 2 and 1 <= at[1] - at[0] < 3
+
+
+def test_what_a_server_may_ask_for():
+    class Refused(Exception):
+        def __init__(self, **headers):
+            self.response = type("Response", (), {"headers": headers, "status_code": 429})()
+
+    assert models.retry_after(Refused()) is None and models.retry_after(Refused(**{"retry-after": "7"})) == 7
+    assert models.retry_after(Refused(**{"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})) == 0
+    assert models.retry_after(Refused(**{"retry-after": "soon"})) is None
+    assert models._again(Refused(**{"retry-after": "599"})) and not models._again(Refused(**{"retry-after": "601"}))
+
+
+def test_a_server_that_is_gone_for_a_while_loses_nothing(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "FIRST_WAIT", 0.1)  # 3.1 s in all, as 0.5 would make 15
+    with Server() as server:
+        server.down_until = time.monotonic() + 2
+        done = judged(rows, tmp_path / "c.jsonl", server)
+        assert all(row["evaluations"][0]["score"] for row in done)
+        assert sum(server.asked.values()) == 12 and len(load_rows(tmp_path / "c.jsonl")) == 12
+    assert sum(0.5 * 2**i for i in range(models.ATTEMPTS - 1)) > 10
+
+
+def test_a_timeout_is_asked_again_and_told(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "TIMEOUT", 0.3)
+    monkeypatch.setattr(models, "ATTEMPTS", 2)
+    with Server(delay=1) as server:
+        [row] = judged(rows[:1], tmp_path / "c.jsonl", server)
+        assert row["evaluations"][0]["invalid"] == "the call failed: APITimeoutError: Request timed out. (asked 2 times)"
+        assert len(server.bodies) == 2
+
+
+def test_calls_are_bounded_connections_reused_and_rows_in_order(rows, tmp_path):
+    many = [{**row, "question": f"{row['question']} {i}"} for i in range(8) for row in rows]
+    with Server(delay=0.05) as server:
+        done = judged(many, tmp_path / "c.jsonl", server, concurrency=8)
+        assert server.most_at_once == 8 and len(server.connections) <= 9
+    assert [row["question"] for row in done] == [row["question"] for row in many]
+
+
+@pytest.mark.parametrize("model", ["gpt-4.1-mini", "ft:gpt-4o-mini-2024-07-18:org:soft-name:id", "Qwen/Qwen2.5-7B-Instruct", "gpt-9"])
+def test_any_model_id_is_asked_for_by_its_name(model, rows, tmp_path):
+    with Server() as server:
+        done = judged(rows[:2], tmp_path / "c.jsonl", server, model)
+        assert {body["model"] for body in server.bodies} == {model} and all(row["evaluations"][0]["score"] for row in done)
+        assert {row["model"] for row in load_rows(tmp_path / "c.jsonl")} == {model}
+
+
+def test_one_base_url_setting_is_enough(rows, tmp_path, monkeypatch):
+    for name in ("OPENAI_API_BASE", "OPENAI_BASE_URL"):
+        with Server() as server:
+            monkeypatch.setenv(name, server.url)
+            llm = CallLog(tmp_path / f"{name}.jsonl", "record").llm("gpt-4.1", live("gpt-4.1"))
+            asyncio.run(judge_rows(rows[:1], CorrectnessEvaluator(llm=llm), name="t"))
+            assert len(server.bodies) == 1 and server.headers[0]["Authorization"] == f"Bearer {KEY}"
+            monkeypatch.delenv(name)
+
+
+def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
+    with Server(fault=lambda body, before: answer(503, "loading") if before == 0 else None) as server:
+        llm = CallLog(tmp_path / "c.jsonl", "record").llm("mistralai/M", live(f"hf:mistralai/M@{server.url}"))
+        reply = asyncio.run(llm.achat([ChatMessage(role="user", content="Who was it?")]))
+        assert reply.message.content.startswith("It is number") and len(server.bodies) == 2
+    assert "hf_notatoken" not in (tmp_path / "c.jsonl").read_text()
+
+
+def test_roles_are_settings(monkeypatch, tmp_path):
+    assert model_for("teacher") == "stand-in-teacher"
+    (tmp_path / ".env").write_text("# roles\nexport TEACHER_MODEL='gpt-4.1@http://127.0.0.1:1/v1'\nWRITER_MODEL=gpt-4.1-mini\n")
+    monkeypatch.setenv("WRITER_MODEL", "from-the-environment")
+    assert (model_for("teacher"), model_for("question-writer")) == ("gpt-4.1@http://127.0.0.1:1/v1", "from-the-environment")
+    monkeypatch.delenv("TEACHER_MODEL")
+    assert name_of("gpt-4.1@http://127.0.0.1:1/v1") == "gpt-4.1" and name_of("hf:mistralai/M") == "mistralai/M" == name_of("local:mistralai/M")
+
+
+def test_what_is_not_set_is_said(monkeypatch, rows, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(RunStopped, match="no key for 'gpt-4.1': set OPENAI_API_KEY in the environment or in .env"):
+        live("gpt-4.1")()
+    with pytest.raises(RunStopped, match="no key for 'hf:m': set HF_TOKEN"):
+        live("hf:m")()
+    with pytest.raises(RunStopped, match="'stand-in-teacher' is the name of recorded calls.*set TEACHER_MODEL, WRITER_MODEL, ANSWERER_MODEL"):
+        asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=CallLog(tmp_path / "c.jsonl", "record").llm("m", live("stand-in-teacher"))), name="t"))
+
+
+def test_no_key_is_left_behind(rows, tmp_path, capsys):
+    def fault(body, before):
+        return answer(400, f"Bad request with key {KEY} and hf_abcdefgh12345") if about("Question 3?")(body) else None
+
+    with Server(fault=fault) as server:
+        done = judged(rows, tmp_path / "c.jsonl", server)
+    said = json.dumps(done) + (tmp_path / "c.jsonl").read_text() + "".join(capsys.readouterr())
+    assert done[3]["evaluations"][0]["invalid"].count("[key]") == 2
+    assert KEY not in said and "hf_abcdefgh" not in said and "Bearer" not in said
+
+
+def test_a_log_that_another_process_writes_is_refused(tmp_path, rows):
+    path = tmp_path / "c.jsonl"
+    program = ("import sys; from helpers.snapshots import CallLog, make_row; log = CallLog(sys.argv[1], 'record'); "
+               "log.append(make_row({'model': 'm', 'messages': [], 'params': {}, 'sample': 0}, 'x')); print('ready', flush=True); sys.stdin.read()")
+    child = subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "notebooks")
+    try:
+        assert child.stdout.readline().strip() == b"ready"
+        with Server() as server, pytest.raises(RuntimeError, match="another process is recording to this log"):
+            judged(rows[:1], path, server)
+    finally:
+        child.stdin.close()
+        child.wait(30)
+        child.stdout.close()
+    with Server() as server:
+        assert judged(rows[:1], path, server)[0]["evaluations"][0]["score"]
+
+
+def test_the_newest_log_of_a_process_writes(tmp_path, rows):
+    """As when a notebook's cells are run again, while the LLMs of the first run still hold the old log."""
+    path = tmp_path / "c.jsonl"
+    with Server() as server:
+        old = CallLog(path, "record").llm("m", live(f"m@{server.url}"))
+        asyncio.run(judge_rows(rows[:1], CorrectnessEvaluator(llm=old), name="t"))
+        judged(rows, path, server, "m")
+        with pytest.raises(RuntimeError, match="or has since it was opened here"):
+            asyncio.run(judge_rows(rows[1:2], CorrectnessEvaluator(llm=old), name="t"))
+    assert len(load_rows(path)) == len({row["key"] for row in load_rows(path)})
+
+
+def test_a_log_that_cannot_be_written_is_said_before_money_is_lost(tmp_path, rows):
+    """The first answer cannot be kept: the error says so, and no more than what was under way is asked."""
+    path = tmp_path / "c.jsonl"
+    path.mkdir()
+    with Server() as server:
+        with pytest.raises(OSError):
+            judged(rows, path, server)
+        assert len(server.bodies) <= 12
+
