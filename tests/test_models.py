@@ -178,11 +178,12 @@ def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkey
 
 
 def test_roles_are_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("TEACHER_MODEL", "")  # so that it is unset again in the end, whatever .env makes it
     assert model_for("teacher") == "stand-in-teacher"
+    monkeypatch.delenv("TEACHER_MODEL")
     (tmp_path / ".env").write_text("# roles\nexport TEACHER_MODEL='gpt-4.1@http://127.0.0.1:1/v1'\nWRITER_MODEL=gpt-4.1-mini\n")
     monkeypatch.setenv("WRITER_MODEL", "from-the-environment")
     assert (model_for("teacher"), model_for("question-writer")) == ("gpt-4.1@http://127.0.0.1:1/v1", "from-the-environment")
-    monkeypatch.delenv("TEACHER_MODEL")
     assert name_of("gpt-4.1@http://127.0.0.1:1/v1") == "gpt-4.1" and name_of("hf:mistralai/M") == "mistralai/M" == name_of("local:mistralai/M")
 
 
