@@ -472,6 +472,13 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     assert whole.loc["teacher's calls a row", "pairwise"] == "2" and len(chats) == 2 * int(whole.loc["rows to learn from", "pairwise"])
     (tmp_path / "pairwise").symlink_to(DATA / "pairwise")
     assert list(compare_designs(tmp_path)) == ["pairwise"]
+    # Where every answer is the same, no trivial judge has a correlation: a dash, and no error.
+    (tmp_path / "correctness").mkdir()
+    same = [{**row, "evaluations": [{**said, "score": 3.0} if said["llm"] != "teacher" else said for said in row["evaluations"]]} for row in test]
+    save_rows(tmp_path / "correctness" / "test_qa_complete.jsonl", same)
+    for file in ("train_qa.jsonl", "correction_finetuning_events.jsonl"):
+        (tmp_path / "correctness" / file).symlink_to(DATA / "correctness" / file)
+    assert compare_designs(tmp_path).loc["best trivial judge", "correctness"] == "– (overlap)"
 
 
 def test_what_cannot_be_read_is_not_learnt_from(tmp_path, bundled):

@@ -64,7 +64,7 @@ def compare_designs(folder: Path) -> pd.DataFrame:
             continue
         train, test, chats = (load_rows(path / file) for file in ("train_qa.jsonl", "test_qa_complete.jsonl", events))
         result = report(test, "teacher", ["fine_tuned", "base", *trivial])
-        shown, best = with_intervals(result, (figure,))[figure], result.loc[trivial, figure].idxmax()
+        shown, best = with_intervals(result, (figure,))[figure], result.loc[trivial, figure].fillna(-np.inf).idxmax()
         table[name] = {**told, "rows to learn from": f"{len(train)}", "rows to test on": f"{len(test)}",
                        "teacher's calls a row": f"{len(chats) / len(train):.0f}",
                        "teacher's tokens a row": f"{sum(count_tokens(chats)) / len(train):,.0f}",
