@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 from aiohttp import web
 from conftest import ROOT
-from helpers import CallLog, RunStopped, judge_rows, live, load_rows, model_for, models, name_of
+from helpers import CallLog, RunStopped, SingleGradingEvaluator, judge_rows, live, load_rows, model_for, models, name_of
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.evaluation import CorrectnessEvaluator
 from server import Server, answer
@@ -175,6 +176,19 @@ def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkey
         reply = asyncio.run(llm.achat([ChatMessage(role="user", content="Who was it?")]))
         assert reply.message.content.startswith("It is number") and len(server.bodies) == 2
     assert "hf_notatoken" not in (tmp_path / "c.jsonl").read_text()
+
+
+def test_token_probabilities_come_through_openai_s_client(tmp_path):
+    row = {"question": "Who?", "response_data": {"text": "Ada.", "context": "It was Ada."}}
+    with Server(reply=lambda messages: "90\nGood.") as server:
+        llm = CallLog(tmp_path / "c.jsonl", "record").llm("gpt-4.1", live(f"gpt-4.1@{server.url}"), params={"logprobs": True, "top_logprobs": 2})
+        judge = SingleGradingEvaluator(llm, "Be fair.", scale=100, logprobs=True)
+        [recorded] = asyncio.run(judge_rows([row], judge, name="t"))
+    assert server.bodies[0]["top_logprobs"] == 2 and "whole number" in server.bodies[0]["messages"][0]["content"]
+    share = math.exp(-0.4) / (math.exp(-0.4) + math.exp(-1.2))
+    assert recorded["evaluations"][0]["distribution"] == [[0.4, pytest.approx(1 - share)], [0.9, pytest.approx(share)]]
+    llm = CallLog(tmp_path / "c.jsonl", "replay").llm("gpt-4.1", params={"logprobs": True, "top_logprobs": 2})
+    assert asyncio.run(judge_rows([row], SingleGradingEvaluator(llm, "Be fair.", scale=100, logprobs=True), name="t")) == [recorded]
 
 
 def test_roles_are_settings(monkeypatch, tmp_path):
