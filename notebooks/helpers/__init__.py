@@ -6,8 +6,8 @@ judging (judge) -> student, pairs, finetuning (fine-tune) -> metrics, pair_metri
 """
 
 from .calls import Collected, MissingCall, fill, run_stage
-from .datasets import (ExtractiveAnswerer, SnapshotReader, answer_in_context, answer_pairs, answer_questions, clean_question, deal, generate_questions, local_embedding, save_qrd,
-                       write_questions)
+from .datasets import (ExtractiveAnswerer, SnapshotReader, answer_in_context, answer_pairs, answer_questions, clean_question, deal,
+                       generate_questions, local_embedding, save_qrd, write_questions)
 from .finetuning import (LocalFinetuneEngine, check_events, count_tokens, finetuning_events, readable_events,
                          resolve_pairwise_events, save_events, training_cost)
 from .grading import SingleGradingEvaluator, pool_samples, score_distribution

@@ -19,7 +19,7 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
 
     The source is "original" or "flipped" for the order whose verdict stands, or "neither" where they contradict. As in
     LlamaIndex and the published files, a score from the flipped order is left as that order gave it: 1.0 there means the
-    *second* answer. `true_score` turns it right.
+    *second* answer. `pair_scores` turns it right.
     """
     votes_first = SCORES[original] + 1 - SCORES[flipped]
     if votes_first == 1:
