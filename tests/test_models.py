@@ -251,12 +251,22 @@ def test_the_newest_log_of_a_process_writes(tmp_path, rows):
     assert len(load_rows(path)) == len({row["key"] for row in load_rows(path)})
 
 
-def test_a_log_that_cannot_be_written_is_said_before_money_is_lost(tmp_path, rows):
-    """The first answer cannot be kept: the error says so, and no more than what was under way is asked."""
-    path = tmp_path / "c.jsonl"
-    path.mkdir()
-    with Server() as server:
-        with pytest.raises(OSError):
-            judged(rows, path, server)
-        assert len(server.bodies) <= 12
+def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, rows, monkeypatch):
+    """What cannot be kept is not asked for: no more than was under way when the disk was full."""
+    path, many, kept = tmp_path / "c.jsonl", [{**row, "question": f"{row['question']} {i}"} for i in range(5) for row in rows], []
 
+    def fsync(file):
+        kept.append(file)
+        if len(kept) > 10:
+            raise OSError(28, "No space left on device")
+
+    with Server() as server:
+        monkeypatch.setattr("os.fsync", fsync)
+        with pytest.raises(RunStopped, match="an answer could not be kept.*No space left on device.*10 of 60 rows were done"):
+            judged(many, path, server, concurrency=4)
+        monkeypatch.undo()
+        asked, held = len(server.bodies), len(CallLog(path, "replay"))
+        assert asked <= 14 and held >= 10
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        assert all(row["evaluations"][0]["score"] for row in judged(many, path, server))
+        assert len(server.bodies) == asked + 60 - held and len(load_rows(path)) == 60

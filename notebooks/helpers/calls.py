@@ -84,7 +84,10 @@ class LoggedLLM(CustomLLM):
     def _keep(self, call: dict, response: ChatResponse) -> ChatResponse:
         tokens = [{token.token: token.logprob for token in alternatives} for alternatives in response.logprobs or []]
         row = make_row(call, response.message.content or "", *_details(response.raw), _first_line(tokens))
-        return _response(self._log.append(row))
+        try:
+            return _response(self._log.append(row))
+        except (OSError, RuntimeError) as error:  # a full disk, another writer: what is asked next could not be kept either
+            raise RunStopped(f"an answer could not be kept: {error}") from error
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:

@@ -33,11 +33,11 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
 async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int = 16) -> list[dict]:
     """Judge every row, and return the rows with one more evaluation each, in the same order.
 
-    An evaluation is {"llm": name, "score", "text"}, and for single grading "acceptable"; `text` is the judge's whole reply. A reply that cannot be read, or a live
-    call that failed, has the score None and the reason under "invalid". A pairwise evaluation has two keys more: "source" and
-    "verdicts", those of the original and of the flipped order (see `resolve_orders`); both orders are always asked, and if
-    either cannot be read the pair is invalid. An evaluation that already bears the name is replaced. The rows passed in are
-    left as they are.
+    An evaluation is {"llm": name, "score", "text"}, and for single grading "acceptable"; `text` is the judge's whole reply. A
+    reply that cannot be read or was cut off, or a live call that failed, has the score None and the reason under "invalid". A
+    pairwise evaluation has two keys more: "source" and "verdicts", those of the original and of the flipped order (see
+    `resolve_orders`); both orders are always asked, and if either cannot be read the pair is invalid. An evaluation that already
+    bears the name is replaced. The rows passed in are left as they are.
 
     Args:
         rows: correctness rows (`question`, `reference`, `response_data.text`), pairwise rows (`question`, two `answers` with a
