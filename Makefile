@@ -5,7 +5,7 @@ NOTEBOOK ?=
 export PYTHONPATH := notebooks
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help run test lab bench record collect fill published notebooks lock clean
+.PHONY: help run test lab bench record collect batch fill published notebooks lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,13 +24,19 @@ lab: .venv/installed ## open the notebooks in JupyterLab
 bench: .venv/installed ## measure: replay, opening a log, training, judging, the notebooks
 	@$(BIN)/python tests/bench.py
 
-record: .venv/installed ## run live, and log every call: make record NOTEBOOK=01_correctness SNAPSHOT=mine
+record: .venv/installed ## run live, and log every call in data/recorded: make record NOTEBOOK=01_correctness; SNAPSHOT=mine for another folder
 	@JUDGE_MODE=record $(BIN)/python -m helpers run $(NOTEBOOK)
 
-collect: .venv/installed ## write out the next stage's calls, to be answered elsewhere: make collect NOTEBOOK=... SNAPSHOT=mine
+collect: .venv/installed ## write out the next stage's calls, to be answered elsewhere: make collect NOTEBOOK=01_correctness
 	@JUDGE_MODE=collect $(BIN)/python -m helpers run $(NOTEBOOK)
 
-fill: .venv/installed ## merge answers into a log: make fill LOG=data/mine/correctness/calls.jsonl RESULTS=results.jsonl
+batch: .venv/installed ## as record, through OpenAI's Batch API: half the price, within a day a stage; interrupted, it is picked up again
+	@JUDGE_MODE=collect $(BIN)/python -m helpers batch $(NOTEBOOK)
+
+batch: .venv/installed ## as record, through OpenAI's Batch API: half the price, within a day a stage; interrupted, it is picked up again
+	@JUDGE_MODE=collect $(BIN)/python -m helpers batch $(NOTEBOOK)
+
+fill: .venv/installed ## merge answers into a log: make fill LOG=data/recorded/correctness/calls.jsonl RESULTS=results.jsonl
 	@$(BIN)/python -m helpers fill $(LOG) $(RESULTS)
 
 published: .venv/installed ## download the real verdicts and texts of the published run of 2023 into data/published

@@ -9,10 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))
+from helpers.settings import KEYS, SETTINGS  # noqa: E402
+
 # At import, so that the notebooks' kernels start without them too.
-for name in ("JUDGE_MODE", "SNAPSHOT", "OPENAI_API_KEY", "OPENAI_API_BASE", "OPENAI_BASE_URL", "HF_TOKEN", "HUGGING_FACE_TOKEN",
-             "TEACHER_MODEL", "WRITER_MODEL", "ANSWERER_MODEL"):
+for name in (*SETTINGS, *KEYS, "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def no_env_file(monkeypatch, tmp_path):
+    """Not the developer's own `.env`; a test may put one into tmp_path."""
+    monkeypatch.setattr("helpers.settings.ROOT", tmp_path)
 
 
 @pytest.fixture(autouse=True)

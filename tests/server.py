@@ -44,13 +44,17 @@ class Server:
         delay: seconds before each chat completion.
         fault: of (request body, how often this content was asked before); None, a `web.Response` to send instead, "drop" to break
             the connection in the middle of the body, or a dict to change the choice (`content`, `finish_reason`, `refusal`).
-        models: the ids that exist; by default any.
+        models: the ids that exist; by default any, and none is listed.
         job: the states that a fine-tuning job goes through, one a look; the last stays.
+        batch: those of a batch.
+        gate: of (method, path, how often that was asked before), before all else: None, a `web.Response` to send instead, or "lost" to
+            do what is asked and then break the connection.
     """
 
     def __init__(self, reply: Callable = reply_to, delay: float = 0.0, fault: Callable | None = None, models: tuple = (),
-                 job: tuple = ("validating_files", "queued", "running", "succeeded")) -> None:
-        self.reply, self.delay, self.fault, self.models, self.job = reply, delay, fault, models, job
+                 job: tuple = ("validating_files", "queued", "running", "succeeded"),
+                 batch: tuple = ("validating", "in_progress", "finalizing", "completed"), gate: Callable | None = None) -> None:
+        self.reply, self.delay, self.fault, self.models, self.job, self.batch, self.gate = reply, delay, fault, models, job, batch, gate
         self.asked: collections.Counter = collections.Counter()  # chat requests by content
         self.requests: list[tuple[str, str]] = []  # (method, path) of all
         self.headers: list[dict] = []
@@ -73,8 +77,9 @@ class Server:
                             web.get("/v1/models", self._models), web.get("/v1/models/{id:.+}", self._model),
                             web.post("/v1/files", self._upload), web.get("/v1/files/{id}", self._file),
                             web.get("/v1/files/{id}/content", self._content),
-                            web.post("/v1/fine_tuning/jobs", self._start_job), web.get("/v1/fine_tuning/jobs/{id}", self._job),
-                            web.post("/v1/batches", self._start_batch), web.get("/v1/batches/{id}", self._batch)])
+                            web.post("/v1/fine_tuning/jobs", self._start_job), web.get("/v1/fine_tuning/jobs", self._all_jobs),
+                            web.get("/v1/fine_tuning/jobs/{id}", self._job), web.post("/v1/batches", self._start_batch),
+                            web.get("/v1/batches", self._all_batches), web.get("/v1/batches/{id}", self._batch)])
             runner = web.AppRunner(app, access_log=None)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -106,7 +111,13 @@ class Server:
         if time.monotonic() < self.down_until:
             request.transport.abort()
             return web.Response()
-        return await handler(request)
+        fault = self.gate(request.method, request.path, self.requests.count((request.method, request.path)) - 1) if self.gate else None
+        if isinstance(fault, web.Response):
+            return fault
+        response = await handler(request)
+        if fault == "lost":
+            request.transport.abort()
+        return response
 
     # Models
 
@@ -188,13 +199,12 @@ class Server:
 
     async def _start_job(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.bodies.append(body)
-        fault = self.fault(body, 0) if self.fault else None
-        if isinstance(fault, web.Response):
-            return fault
         id = f"ftjob-{len(self.jobs) + 1}"
         self.jobs[id] = {**body, "looks": 0}
         return web.json_response(self._shown_job(id))
+
+    async def _all_jobs(self, request: web.Request) -> web.Response:
+        return _listed([self._shown_job(id) for id in reversed(self.jobs)])
 
     async def _job(self, request: web.Request) -> web.Response:
         id = request.match_info["id"]
@@ -210,14 +220,17 @@ class Server:
         return {"id": id, "object": "fine_tuning.job", "created_at": 1, "model": job["model"], "status": status, "seed": job.get("seed") or 0,
                 "fine_tuned_model": f"ft:{job['model']}:org:soft-{job.get('suffix') or 'name'}:{id}" if status == "succeeded" else None,
                 "organization_id": "org", "training_file": job["training_file"], "validation_file": job.get("validation_file"),
-                "hyperparameters": {"n_epochs": 3}, "result_files": [], "finished_at": None, "trained_tokens": None,
-                "error": failed if status == "failed" else None}
+                "hyperparameters": {"n_epochs": 3}, "result_files": [], "finished_at": None,
+                "trained_tokens": 3 * len(self.files[job["training_file"]]) // 4 if status == "succeeded" else None, "error": failed if status == "failed" else None}
 
     async def _start_batch(self, request: web.Request) -> web.Response:
         body = await request.json()
         id = f"batch_{len(self.batches) + 1}"
-        self.batches[id] = {"input": body["input_file_id"], "looks": 0, "output": None}
+        self.batches[id] = {"input": body["input_file_id"], "looks": 0, "output": None, "error": None}
         return web.json_response(self._shown_batch(id))
+
+    async def _all_batches(self, request: web.Request) -> web.Response:
+        return _listed([self._shown_batch(id) for id in reversed(self.batches)])
 
     async def _batch(self, request: web.Request) -> web.Response:
         id = request.match_info["id"]
@@ -228,19 +241,32 @@ class Server:
 
     def _shown_batch(self, id: str) -> dict:
         batch = self.batches[id]
-        states = ("validating", "in_progress", "finalizing", "completed")
-        status = states[min(batch["looks"], len(states) - 1)]
+        status = self.batch[min(batch["looks"], len(self.batch) - 1)]
         lines = [json.loads(line) for line in self.files[batch["input"]].splitlines()]
-        if status == "completed" and not batch["output"]:
-            results = []
-            for line in reversed(lines):  # a batch keeps no order
+        done = lines[: len(lines) // 2] if status in ("expired", "cancelled") else lines if status == "completed" else []
+        if done and not batch["output"]:
+            results: dict = {"output": [], "error": []}
+            for number, line in enumerate(reversed(done)):  # a batch keeps no order
                 self.asked[line["custom_id"]] += 1
-                results.append({"id": "r", "custom_id": line["custom_id"], "error": None, "response": {
-                    "status_code": 200, "request_id": "q", "body": self._completion(line["body"], {})}})
-            batch["output"] = self._keep("".join(json.dumps(result) + "\n" for result in results).encode(), "batch_output")["id"]
-        return {"id": id, "object": "batch", "endpoint": "/v1/chat/completions", "errors": None, "input_file_id": batch["input"],
-                "completion_window": "24h", "status": status, "output_file_id": batch["output"], "error_file_id": None, "created_at": 1,
-                "request_counts": {"total": len(lines), "completed": len(lines) if status == "completed" else 0, "failed": 0}}
+                self.bodies.append(line["body"])
+                fault = self.fault(line["body"], self.asked[line["custom_id"]] - 1) if self.fault else None
+                failed = isinstance(fault, web.Response)
+                body = json.loads(fault.body) if failed else self._completion(line["body"], fault if isinstance(fault, dict) else {})
+                results["error" if failed else "output"].append({
+                    "id": f"batch_req_{number}", "custom_id": line["custom_id"], "error": None,
+                    "response": {"status_code": fault.status if failed else 200, "request_id": "q", "body": body}})
+            for kind, part in results.items():
+                if part:
+                    batch[kind] = self._keep("".join(json.dumps(result) + "\n" for result in part).encode(), "batch_output")["id"]
+        errors = {"object": "list", "data": [{"code": "invalid_json", "message": "This line is not JSON.", "line": 3, "param": None}]}
+        return {"id": id, "object": "batch", "endpoint": "/v1/chat/completions", "errors": errors if status == "failed" else None,
+                "input_file_id": batch["input"], "completion_window": "24h", "status": status, "output_file_id": batch["output"],
+                "error_file_id": batch["error"], "created_at": 1,
+                "request_counts": {"total": len(lines), "completed": len(done), "failed": 0}}
+
+
+def _listed(data: list[dict]) -> web.Response:
+    return web.json_response({"object": "list", "data": data, "has_more": False})
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def test_importing_the_helpers_is_cheap_and_quiet():
 
 
 def test_imports_point_back_up_the_list():
-    order = ["snapshots", "models", "calls", "datasets", "replies", "grading", "judging", "student", "pairs", "finetuning", "metrics", "pair_metrics",
+    order = ["settings", "snapshots", "models", "costs", "calls", "documents", "embeddings", "datasets", "replies", "grading", "judging", "student", "pairs", "finetuning", "hosted", "metrics", "pair_metrics",
              "grade_metrics", "report"]
     for number, name in enumerate(order):
         text = (ROOT / "notebooks" / "helpers" / f"{name}.py").read_text()

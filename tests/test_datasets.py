@@ -7,7 +7,7 @@ import pytest
 from fake import FakeLive
 from helpers import (CallLog, SnapshotReader, answer_questions, clean_question, deal, generate_questions, load_rows,
                      local_embedding)
-from helpers import datasets
+from helpers import embeddings
 from helpers.snapshots import DATA
 from llama_index.core import Document, SummaryIndex
 from llama_index.core.evaluation import DatasetGenerator
@@ -116,20 +116,20 @@ def test_the_bundled_vectors_are_those_of_the_encoder_here():
     """Of texts of the bundled rows: what replay takes from the file is what the encoder says, to half precision."""
     rows = load_rows(DATA / "single_grading" / "test_qa.jsonl")[::9]
     texts = [text for row in rows for text in (row["question"], row["response_data"]["text"], row["response_data"]["context"])]
-    stored = datasets.read_vectors(datasets.EMBEDDINGS)
+    stored = embeddings.read_vectors(embeddings.EMBEDDINGS)
     encoded = np.array(local_embedding().encoder.get_text_embedding_batch(texts))
-    assert np.allclose([stored[datasets._digest(text)] for text in texts], encoded, atol=5e-4)
+    assert np.allclose([stored[embeddings._digest(text)] for text in texts], encoded, atol=5e-4)
 
 
 def test_the_encoder_is_loaded_only_for_a_text_that_is_not_there(monkeypatch, tmp_path):
     known = load_rows(DATA / "single_grading" / "test_qa.jsonl")[0]["question"]
-    fresh = datasets.LocalEmbedding()
+    fresh = embeddings.LocalEmbedding()
     first = fresh.get_text_embedding_batch([known, known])
     assert fresh._encoder is None and first[0] == first[1] == fresh.get_query_embedding(known)
     monkeypatch.setenv("KEEP_EMBEDDINGS", str(tmp_path / "kept.npz"))
     new = fresh.get_text_embedding_batch(["A text of nobody's.", known])
     assert fresh._encoder is not None and np.linalg.norm(new[0]) == pytest.approx(1, abs=1e-3)
     monkeypatch.delenv("KEEP_EMBEDDINGS")
-    monkeypatch.setattr(datasets, "EMBEDDINGS", tmp_path / "kept.npz")
-    again = datasets.LocalEmbedding()
+    monkeypatch.setattr(embeddings, "EMBEDDINGS", tmp_path / "kept.npz")
+    again = embeddings.LocalEmbedding()
     assert again.get_text_embedding_batch(["A text of nobody's.", known]) == new and again._encoder is None

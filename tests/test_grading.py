@@ -11,7 +11,7 @@ from helpers import (CallLog, Collected, DamagedFile, ExtractiveAnswerer, LocalF
                      Student, answer_in_context, compare_designs, compare_graders, correctness_report, fill, finetuning_events,
                      grading_report, items_of, judge_rows, load_rows, pool_samples, probabilities_of, read_prompt, read_score,
                      read_score_tokens, readable_events, save_events, save_rows, score_distribution, scores_of, untrained_judges)
-from helpers import datasets, metrics
+from helpers import datasets, embeddings, metrics
 from helpers import student as student_module
 from helpers.grade_metrics import GRADES
 from helpers.grading import lower_median
@@ -435,7 +435,7 @@ def test_what_cannot_be_learnt_is_refused(change, said):
 
 
 def test_a_text_too_long_for_the_encoder_is_judged_and_said_once(recwarn):
-    datasets._say_too_long.cache_clear()
+    embeddings._say_too_long.cache_clear()
     long = "The bridge opened in 1937 after four years of work. " * 60
     judge = untrained_judges(0.5, 0, 1)["base"]
     rows = [{"question": "When?", "response_data": {"text": text, "context": long}} for text in ("In 1937.", long, "In the fog.")]

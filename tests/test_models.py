@@ -10,7 +10,7 @@ import time
 import pytest
 from aiohttp import web
 from conftest import ROOT
-from helpers import CallLog, RunStopped, SingleGradingEvaluator, judge_rows, live, load_rows, model_for, models, name_of
+from helpers import CallLog, RunStopped, SingleGradingEvaluator, judge_rows, live, load_rows, models, models_of, name_of
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.evaluation import CorrectnessEvaluator
 from server import Server, answer
@@ -19,9 +19,8 @@ KEY = "sk-proj-Zq81xTnotAkey0000"
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch, tmp_path):
+def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(models, "ROOT", tmp_path)  # no .env of the developer's
 
 
 def judged(rows, path, server, model="gpt-4.1", concurrency=16):
@@ -151,6 +150,14 @@ def test_calls_are_bounded_connections_reused_and_rows_in_order(rows, tmp_path):
     assert [row["question"] for row in done] == [row["question"] for row in many]
 
 
+def test_a_new_event_loop_sends_nothing_twice(rows, tmp_path):
+    with Server() as server:
+        llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", live(f"m@{server.url}"))
+        for i in range(4):
+            asyncio.run(judge_rows(rows[3 * i:3 * i + 3], CorrectnessEvaluator(llm=llm), name="t"))
+        assert len(server.bodies) == 12
+
+
 @pytest.mark.parametrize("model", ["gpt-4.1-mini", "ft:gpt-4o-mini-2024-07-18:org:soft-name:id", "Qwen/Qwen2.5-7B-Instruct", "gpt-9"])
 def test_any_model_id_is_asked_for_by_its_name(model, rows, tmp_path):
     with Server() as server:
@@ -178,6 +185,24 @@ def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkey
     assert "hf_notatoken" not in (tmp_path / "c.jsonl").read_text()
 
 
+def test_hugging_face_s_faults_are_met_like_openai_s(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
+    faults = {"Question 1?": lambda before: "drop" if before == 0 else None, "Question 2?": lambda before: answer(400, "No."),
+              "Question 3?": lambda before: answer(429, "Slow down") if before < 2 else None}
+
+    def fault(body, before):
+        return next((make(before) for question, make in faults.items() if question in body["messages"][-1]["content"]), None)
+
+    with Server(fault=fault) as server:
+        llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", live(f"hf:m@{server.url}"))
+        done = []
+        for part in (rows[:6], rows[6:]):  # two event loops
+            done += asyncio.run(judge_rows(part, CorrectnessEvaluator(llm=llm), name="t"))
+        assert [i for i, row in enumerate(done) if "invalid" in row["evaluations"][0]] == [2]
+        assert "BadRequestError" in done[2]["evaluations"][0]["invalid"] and len(server.bodies) == 12 + 1 + 2
+        assert all(row["usage"]["prompt_tokens"] for row in load_rows(tmp_path / "c.jsonl"))
+
+
 def test_token_probabilities_come_through_openai_s_client(tmp_path):
     row = {"question": "Who?", "response_data": {"text": "Ada.", "context": "It was Ada."}}
     with Server(reply=lambda messages: "90\nGood.") as server:
@@ -191,14 +216,52 @@ def test_token_probabilities_come_through_openai_s_client(tmp_path):
     assert asyncio.run(judge_rows([row], SingleGradingEvaluator(llm, "Be fair.", scale=100, logprobs=True), name="t")) == [recorded]
 
 
-def test_roles_are_settings(monkeypatch, tmp_path):
-    monkeypatch.setenv("TEACHER_MODEL", "")  # so that it is unset again in the end, whatever .env makes it
-    assert model_for("teacher") == "stand-in-teacher"
-    monkeypatch.delenv("TEACHER_MODEL")
+def test_roles_are_settings_and_a_replay_takes_them_from_the_snapshot(monkeypatch, tmp_path):
+    stand_ins = {"teacher": "stand-in-teacher", "question-writer": "stand-in-question-writer", "answerer": "stand-in-answerer",
+                 "student": "minilm", "embedding": "minilm"}
+    assert models_of(tmp_path) == stand_ins
     (tmp_path / ".env").write_text("# roles\nexport TEACHER_MODEL='gpt-4.1@http://127.0.0.1:1/v1'\nWRITER_MODEL=gpt-4.1-mini\n")
-    monkeypatch.setenv("WRITER_MODEL", "from-the-environment")
-    assert (model_for("teacher"), model_for("question-writer")) == ("gpt-4.1@http://127.0.0.1:1/v1", "from-the-environment")
+    assert models_of(tmp_path) == stand_ins, "a replay heeds no .env"
+    monkeypatch.setenv("JUDGE_MODE", "record")
+    monkeypatch.setenv("WRITER_MODEL", "hf:from/the-environment")
+    live_ones = models_of(tmp_path)
+    assert live_ones == stand_ins | {"teacher": "gpt-4.1@http://127.0.0.1:1/v1", "question-writer": "hf:from/the-environment"}
+    monkeypatch.setenv("JUDGE_MODE", "replay")
+    monkeypatch.delenv("WRITER_MODEL")
+    assert models_of(tmp_path) == {role: model.split("@")[0] for role, model in live_ones.items()}
     assert name_of("gpt-4.1@http://127.0.0.1:1/v1") == "gpt-4.1" and name_of("hf:mistralai/M") == "mistralai/M" == name_of("local:mistralai/M")
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-3"])
+def test_a_setting_that_should_be_a_number_is_said(monkeypatch, value, rows, tmp_path):
+    monkeypatch.setenv("CONCURRENCY", value)
+    with pytest.raises(ValueError, match=f"CONCURRENCY='{value}': expected a number above 0"):
+        asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=CallLog(tmp_path / "c.jsonl").llm("m")), name="t"))
+
+
+def test_concurrency_is_a_setting(monkeypatch, rows, tmp_path):
+    monkeypatch.setenv("CONCURRENCY", "3")
+    with Server(delay=0.05) as server:
+        judged(rows, tmp_path / "c.jsonl", server, concurrency=None)
+        assert server.most_at_once == 3
+
+
+@pytest.mark.parametrize("model", ["gpt-5-mini", "gpt-6.1-sol", "o4-mini", "openai/gpt-5.4", "ft:gpt-6-nano:org::id"])
+def test_models_that_reason_are_asked_as_they_want_to_be(model, rows, tmp_path):
+    """They refuse a temperature, and a cap by its old name."""
+    def fault(body, before):
+        bad = [name for name in ("max_tokens", "temperature", "logprobs") if name in body]
+        return answer(400, f"Unsupported parameter: {bad}") if bad or body["max_completion_tokens"] < 4096 else None
+
+    with Server(fault=fault) as server:
+        assert all(row["evaluations"][0]["score"] for row in judged(rows[:2], tmp_path / "c.jsonl", server, model))
+
+
+def test_other_models_get_temperature_and_cap(rows, tmp_path):
+    with Server() as server:
+        for model in ("gpt-4.1", "gpt-5-chat-latest", "llama3.1"):
+            judged(rows[:1], tmp_path / f"{model}.jsonl", server, model)
+        assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0, models.MAX_TOKENS)}
 
 
 def test_what_is_not_set_is_said(monkeypatch, rows, tmp_path):
@@ -229,8 +292,10 @@ def test_a_log_that_another_process_writes_is_refused(tmp_path, rows):
     child = subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "notebooks")
     try:
         assert child.stdout.readline().strip() == b"ready"
-        with Server() as server, pytest.raises(RuntimeError, match="another process is recording to this log"):
-            judged(rows[:1], path, server)
+        with Server() as server:
+            with pytest.raises(RunStopped, match="none is asked for.*another process is recording to this log"):
+                judged(rows, path, server)
+            assert not server.bodies, "what could not be kept was asked for"
     finally:
         child.stdin.close()
         child.wait(30)
@@ -246,9 +311,24 @@ def test_the_newest_log_of_a_process_writes(tmp_path, rows):
         old = CallLog(path, "record").llm("m", live(f"m@{server.url}"))
         asyncio.run(judge_rows(rows[:1], CorrectnessEvaluator(llm=old), name="t"))
         judged(rows, path, server, "m")
-        with pytest.raises(RuntimeError, match="or has since it was opened here"):
+        with pytest.raises(RunStopped, match="or has since it was opened here"):
             asyncio.run(judge_rows(rows[1:2], CorrectnessEvaluator(llm=old), name="t"))
     assert len(load_rows(path)) == len({row["key"] for row in load_rows(path)})
+
+
+def test_a_log_that_cannot_be_written_is_said_before_anything_is_asked(rows, tmp_path, monkeypatch):
+    import builtins
+
+    def read_only(path, mode="r", *rest, **kwargs):
+        if "+" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return builtins.open(path, mode, *rest, **kwargs)
+
+    monkeypatch.setattr("helpers.snapshots.open", read_only, raising=False)  # the tests may run as root, who may write everywhere
+    with Server() as server:
+        with pytest.raises(RunStopped, match="none is asked for.*Permission denied.*c.jsonl.*0 of 12 rows were done"):
+            judged(rows, tmp_path / "c.jsonl", server)
+        assert not server.bodies
 
 
 def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, rows, monkeypatch):

@@ -163,8 +163,11 @@ def test_modes_and_folders(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'reply': expected one of replay, record, collect"):
         judge_mode()
     monkeypatch.setenv("JUDGE_MODE", "record")
-    with pytest.raises(ValueError, match="bundled snapshot: set SNAPSHOT"):
-        snapshot_folder("correctness")
+    assert snapshot_folder("correctness") == DATA / "recorded" / "correctness", "a recording has a folder of its own"
+    for bundled in (str(DATA), ".", "recorded/.."):
+        monkeypatch.setenv("SNAPSHOT", bundled)
+        with pytest.raises(ValueError, match="the bundled snapshot, which is not recorded over"):
+            snapshot_folder("correctness")
     monkeypatch.setenv("SNAPSHOT", str(tmp_path))
     assert snapshot_folder("correctness") == output_folder("correctness") == tmp_path / "correctness"
     monkeypatch.setenv("JUDGE_MODE", "replay")

@@ -1,4 +1,4 @@
-"""What make calls: `python -m helpers run [--in-place] [NOTEBOOK ...]`, `... fill LOG RESULTS`, `... published`."""
+"""What make calls: `python -m helpers run [--in-place] [NOTEBOOK ...]`, `... batch [NOTEBOOK ...]`, `... fill LOG RESULTS`, `... published`."""
 
 import argparse
 import base64
@@ -9,16 +9,41 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import published
+from .batch import answer_requests
 from .calls import fill
-from .datasets import EMBEDDINGS, read_vectors, write_vectors
-from .snapshots import DATA, ROOT, CallLog, judge_mode
+from .embeddings import EMBEDDINGS, read_vectors, write_vectors
+from .models import CallFailed
+from .settings import ROOT, RunStopped
+from .snapshots import CallLog, judge_mode, snapshot_folder
 
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "build"
 
 
-def run(names: list[str], in_place: bool = False) -> int:
-    """Execute notebooks from a clean kernel; write them and their HTML pages to `build/`; print what they tag "metrics".
+def _paths(names: list[str]) -> list[Path]:
+    """The notebooks of these names, or all."""
+    there = sorted(NOTEBOOKS.glob("*.ipynb"))
+    paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or there
+    for path in paths:
+        if path not in there:
+            sys.exit(f"no notebook {path.name}; there are {', '.join(one.stem for one in there)}")
+    return paths
+
+
+def _part(path: Path) -> str:
+    """The part of a snapshot that a notebook works on: 01_correctness has "correctness"."""
+    return path.stem.split("_", 1)[1].replace("shared_helpers", "single_grading")
+
+
+def _pages() -> Path:
+    """Where executed notebooks and their pages go: `build/`, or beside the logs that a live run writes."""
+    folder = BUILD if judge_mode() == "replay" else snapshot_folder("")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _execute(path: Path, environment: dict, target: Path):
+    """Execute a notebook from a clean kernel and write it to `target`, and its page (see `_pages`): (the notebook, what stopped it).
 
     A snapshot of finished rows only, such as the published run, has no log to replay: cells tagged "calls" are left out then.
     """
@@ -27,54 +52,52 @@ def run(names: list[str], in_place: bool = False) -> int:
     from nbclient.exceptions import CellExecutionError
     from nbconvert import HTMLExporter
 
-    paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
-    for path in paths:
-        if not path.exists():
-            print(f"no notebook {path.name}; there are {', '.join(p.stem for p in sorted(NOTEBOOKS.glob('*.ipynb')))}", file=sys.stderr)
-            return 2
-    BUILD.mkdir(exist_ok=True)
+    print(f"{path.name}: running ({judge_mode()})", flush=True)
+    start = time.perf_counter()
+    notebook = nbformat.read(path, as_version=4)
+    if judge_mode() == "replay" and not (snapshot_folder(_part(path)) / "calls.jsonl").exists():
+        notebook.cells = [cell for cell in notebook.cells if "calls" not in cell.metadata.get("tags", [])]
+    try:
+        NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}},
+                       extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute(env=environment | {"PROGRESS": "terminal"})
+    except CellExecutionError as error:
+        print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
+        return notebook, error
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times of day, which differ in each run
+    nbformat.write(notebook, target)
+    (_pages() / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
+    return notebook, None
+
+
+def run(names: list[str], in_place: bool = False) -> int:
+    """Execute notebooks; write them and their pages (see `_pages`), or the notebooks back in place; print what they tag "metrics"."""
+    paths, pages = _paths(names), _pages()
     for old in BUILD.glob("*.npz"):
         old.unlink()
     # A replayed notebook needs no other, so they run all at once, and share the cores: with more threads than cores, the encoders
     # would stand in each other's way. Live ones go one by one, since the last one reads what the others wrote.
     workers = len(paths) if judge_mode() == "replay" else 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-
-    def kept(path: Path) -> dict:
-        """Where a notebook whose outputs are to be committed leaves the vectors that it uses."""
-        return {"KEEP_EMBEDDINGS": str(BUILD / f"{path.stem}.npz")} if in_place else {}
+    # Where a notebook whose outputs are to be committed leaves the vectors that it uses.
+    kept = {path: BUILD / f"{path.stem}.npz" for path in paths if in_place}
 
     def execute(path: Path):
-        """(the notebook, the error that stopped it)."""
-        print(f"{path.name}: running ({judge_mode()})", flush=True)
-        start = time.perf_counter()
-        notebook = nbformat.read(path, as_version=4)
-        if judge_mode() == "replay" and not (DATA / os.environ.get("SNAPSHOT", "") / path.stem.split("_", 1)[1] / "calls.jsonl").exists():
-            notebook.cells = [cell for cell in notebook.cells if "calls" not in cell.metadata.get("tags", [])]
-        try:
-            NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}},
-                           extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute(env=environment | kept(path))
-        except CellExecutionError as error:
-            print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
-            return notebook, error
-        for cell in notebook.cells:
-            cell.metadata.pop("execution", None)  # times of day, which differ in each run
-        nbformat.write(notebook, path if in_place else BUILD / path.name)
-        (BUILD / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
-        print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
-        return notebook, None
+        more = {"KEEP_EMBEDDINGS": str(kept[path])} if in_place else {}
+        return _execute(path, environment | more, path if in_place else pages / path.name)
 
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(execute, paths))
     if in_place:
-        vectors = {} if paths == sorted(NOTEBOOKS.glob("*.ipynb")) else read_vectors(EMBEDDINGS)
+        vectors = {} if paths == _paths([]) else read_vectors(EMBEDDINGS)
         for path in paths:
-            vectors |= read_vectors(Path(kept(path)["KEEP_EMBEDDINGS"]))
+            vectors |= read_vectors(kept[path])
         write_vectors(EMBEDDINGS, vectors)
-    shown, failed = [], False
+    shown, wrong = [], False
     for path, (notebook, error) in zip(paths, done):
         if error:
-            failed = failed or error.ename != "Collected"
+            wrong = wrong or error.ename != "Collected"
             continue
         for tag, output in ((tag, output) for cell in notebook.cells for tag in cell.metadata.get("tags", []) for output in cell.outputs):
             if tag == "metrics":
@@ -85,9 +108,34 @@ def run(names: list[str], in_place: bool = False) -> int:
                 picture.write_bytes(base64.b64decode(output["data"]["image/png"]))
     for name, text in shown:
         print(f"\n{name}\n{text}")
-    if pages := [str(BUILD / f"{path.stem}.html") for path, (_, error) in zip(paths, done) if not error]:
-        print("\nTo read on, open " + " ".join(pages))
-    return 1 if failed else 0
+    if whole := [str(pages / f"{path.stem}.html") for path, (_, error) in zip(paths, done) if not error]:
+        print("\nTo read on, open " + " ".join(whole))
+    return 1 if wrong else 0
+
+
+def run_in_batches(names: list[str]) -> int:
+    """Run notebooks stage by stage: what a stage has to ask goes to the Batch API, and its answers into the log."""
+    for path in _paths(names):
+        while True:  # each round but the last adds answers, or ends here
+            _, error = _execute(path, dict(os.environ), _pages() / path.name)
+            if error is None:
+                break
+            if error.ename != "Collected":
+                return 1
+            log = CallLog(snapshot_folder(_part(path)) / "calls.jsonl")
+            before = len(log)
+            try:
+                wrong = answer_requests(log)
+            except (RunStopped, CallFailed) as stopped:
+                print(f"{path.name}: stopped: {stopped}", file=sys.stderr)
+                return 1
+            print(f"{path.name}: {len(log) - before} answers added, {len(log)} in all", flush=True)
+            for line in wrong:
+                print(line, file=sys.stderr)
+            if len(log) == before:
+                print(f"{path.name}: stopped: the batch answered none of its requests", file=sys.stderr)
+                return 1
+    return 0
 
 
 def main() -> int:
@@ -96,12 +144,16 @@ def main() -> int:
     running = commands.add_parser("run", help="execute notebooks")
     running.add_argument("notebooks", nargs="*")
     running.add_argument("--in-place", action="store_true", help="write the outputs back into notebooks/")
+    batching = commands.add_parser("batch", help="run notebooks stage by stage through the Batch API (JUDGE_MODE=collect)")
+    batching.add_argument("notebooks", nargs="*")
     filling = commands.add_parser("fill", help="merge a results file into a call log")
     filling.add_argument("log", type=Path)
     filling.add_argument("results", type=Path)
     filling.add_argument("--requests", type=Path, help="by default requests.jsonl beside the log")
     commands.add_parser("published", help="download the files of the published run of 2023")
     given = parser.parse_args()
+    if given.command == "batch":
+        return run_in_batches(given.notebooks)
     if given.command == "run":
         return run(given.notebooks, given.in_place)
     if given.command == "published":

@@ -4,14 +4,16 @@ import asyncio
 import contextvars
 import json
 from pathlib import Path
-from typing import Any, Awaitable, Iterable
+from typing import Any, Awaitable, Callable, Iterable
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, LogProb, MessageRole
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms import LLM, CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
 
-from .models import RunStopped, ask, ask_and_block
+from .costs import BATCH, METER, Meter
+from .models import ask, ask_and_block
+from .settings import RunStopped, name_of, number, terminal
 from .snapshots import STAGE, CallLog, DamagedFile, call_key, judge_mode, load_rows, make_row, request_id
 
 ROW = contextvars.ContextVar("row", default=0)  # which row of its stage a call belongs to
@@ -49,7 +51,6 @@ class LoggedLLM(CustomLLM):
     context_window: int = 8192
     _log: CallLog = PrivateAttr()
     _live: Any = PrivateAttr()
-    _asking: dict = PrivateAttr(default_factory=dict)
 
     def __init__(self, log: CallLog, live: Any = None, **settings: Any) -> None:
         super().__init__(**settings)
@@ -69,6 +70,7 @@ class LoggedLLM(CustomLLM):
     def _recorded(self, call: dict) -> ChatResponse | None:
         """The logged answer; None if the live model is to be asked."""
         if row := self._log.get(call_key(**call)):
+            self._log.ledger.use(row)
             return _response(row)
         if self._log.mode == "collect":
             self._log.collect(call)
@@ -77,24 +79,28 @@ class LoggedLLM(CustomLLM):
             raise MissingCall(self._log.explain_missing(call))
         if self._live is None:
             raise ValueError(f"JUDGE_MODE=record needs a live model for {self.model_name!r}: pass live=... to CallLog.llm")
+        _check_writable(self._log)
         if not isinstance(self._live, LLM):
             self._live = self._live()
         return None
 
-    def _keep(self, call: dict, response: ChatResponse) -> ChatResponse:
+    def _keep(self, call: dict, response: ChatResponse) -> dict:
         tokens = [{token.token: token.logprob for token in alternatives} for alternatives in response.logprobs or []]
-        row = make_row(call, response.message.content or "", *_details(response.raw), _first_line(tokens))
-        try:
-            return _response(self._log.append(row))
-        except (OSError, RuntimeError) as error:  # a full disk, another writer: what is asked next could not be kept either
-            raise RunStopped(f"an answer could not be kept: {error}") from error
+        return _append(self._log, make_row(call, response.message.content or "", *_details(response.raw), _first_line(tokens)))
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         call = self._call(messages, kwargs)
         if recorded := self._recorded(call):
             return recorded
-        return self._keep(call, ask_and_block(lambda: self._live.chat(messages, **call["params"])))
+        key, row, ledger = call_key(**call), None, self._log.ledger
+        ledger.reserve(key, call)
+        try:
+            row = self._keep(call, ask_and_block(lambda: self._live.chat(messages, **call["params"])))
+        finally:
+            ledger.settle(key, row)
+        ledger.use(row)
+        return _response(row)
 
     @llm_chat_callback()
     async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -102,14 +108,18 @@ class LoggedLLM(CustomLLM):
         if recorded := self._recorded(call):
             return recorded
         # Two equal calls at once would be paid twice: the second waits for the first and takes its answer.
-        key = call_key(**call)
-        async with self._asking.setdefault(key, asyncio.Lock()):
+        key, row, ledger = call_key(**call), None, self._log.ledger
+        async with ledger.asking.setdefault(key, asyncio.Lock()):
             if recorded := self._recorded(call):
                 return recorded
+            await ledger.admit(key, call)
             try:
-                return self._keep(call, await ask(lambda: self._live.achat(messages, **call["params"])))
+                row = self._keep(call, await ask(lambda: self._live.achat(messages, **call["params"])))
             finally:
-                self._asking.pop(key, None)
+                ledger.settle(key, row)
+                ledger.asking.pop(key, None)
+        ledger.use(row)
+        return _response(row)
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         return _completion(self.chat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs))
@@ -123,6 +133,50 @@ class LoggedLLM(CustomLLM):
 
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any):
         yield _whole(self.complete(prompt, **kwargs))
+
+
+def _check_writable(log: CallLog) -> None:
+    try:
+        log.open_to_write()
+    except (OSError, RuntimeError) as error:
+        raise RunStopped(f"answers could not be kept, so none is asked for: {error}") from error
+
+
+def _append(log: CallLog, row: dict) -> dict:
+    try:
+        return log.append(row)
+    except (OSError, RuntimeError) as error:  # a full disk, another writer: what is asked next could not be kept either
+        raise RunStopped(f"an answer could not be kept: {error}") from error
+
+
+def embed_through(log: CallLog, model: str, texts: list[str], ask_live: Callable[[list[str]], list[str]]) -> list[str]:
+    """The embeddings of texts from the log, each as the text that `ask_live` made of it; what is missing is asked for in one request.
+
+    A row of an embedding has one message of the role "input". Batches hold chats only, so a run that collects asks for them live too.
+
+    Raises:
+        MissingCall: a replay, and the log does not hold them all.
+    """
+    calls = {text: {"model": name_of(model), "messages": [{"role": "input", "content": text}], "params": {}, "sample": 0} for text in texts}
+    keys = {text: call_key(**call) for text, call in calls.items()}
+    if new := [text for text, key in keys.items() if not log.get(key)]:
+        if log.mode == "replay":
+            raise MissingCall(log.explain_missing(calls[new[0]]))
+        _check_writable(log)
+        rows, reserved = {}, []
+        try:
+            for text in new:
+                log.ledger.reserve(keys[text], calls[text])
+                reserved.append(text)
+            for text, answer in zip(new, ask_and_block(lambda: ask_live(new)), strict=True):
+                rows[text] = _append(log, make_row(calls[text], answer))
+        finally:
+            for text in reserved:
+                log.ledger.settle(keys[text], rows.get(text))
+    found = [log.get(keys[text]) for text in texts]
+    for row in found:
+        log.ledger.use(row)
+    return [row["response"] for row in found]
 
 
 def _response(row: dict) -> ChatResponse:
@@ -159,23 +213,37 @@ def _details(raw: Any) -> tuple[dict | None, str | None]:
     return dict(usage) if usage else None, choice.get("finish_reason") or raw.get("finish_reason")
 
 
-async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int = 16) -> list:
-    """Await all jobs, at most `concurrency` at a time. Returns their results in the order of the jobs.
+async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | None = None) -> list:
+    """Await all jobs, at most `concurrency` (by default CONCURRENCY) at a time. Returns their results in the order of the jobs.
 
-    Every job is run to its end, so that all that was answered is in the log, before a failure is raised.
+    Every job is run to its end, so that all that was answered is in the log, before a failure is raised; but after a RunStopped no
+    other job is begun.
 
     Raises:
+        RunStopped: no further call makes sense or is allowed.
         Collected: some calls were written out to be answered (JUDGE_MODE=collect).
         Exception: of the jobs that failed, the first one's; a note on it says how many there were.
     """
-    gate = asyncio.Semaphore(concurrency)
+    if terminal():
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
 
+    jobs = list(jobs)
+    try:
+        gate = asyncio.Semaphore(concurrency or int(number("CONCURRENCY")))
+    except ValueError:
+        for job in jobs:
+            job.close()
+        raise
     stopped: list[RunStopped] = []
+    meter = Meter()
 
-    async def run(number: int, job: Awaitable):
+    async def run(place: int, job: Awaitable):
         async with gate:
             STAGE.set(stage)
-            ROW.set(number)
+            ROW.set(place)
+            METER.set(meter)
             if stopped:  # what would be asked now would be refused like the one before
                 job.close()
                 raise stopped[0]
@@ -184,14 +252,12 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int = 16
             except RunStopped as error:
                 stopped.append(error)
                 raise
+            finally:
+                bar.set_postfix_str(str(meter), refresh=False)
+                bar.update()
 
-    from tqdm.auto import tqdm
-
-    tasks = [asyncio.ensure_future(run(number, job)) for number, job in enumerate(jobs)]
-    with tqdm(total=len(tasks), desc=stage, disable=judge_mode() == "replay") as bar:
-        for task in tasks:
-            task.add_done_callback(lambda _: bar.update())
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+    with tqdm(total=len(jobs), desc=stage, file=terminal(), disable=judge_mode() == "replay") as bar:
+        results = await asyncio.gather(*(run(place, job) for place, job in enumerate(jobs)), return_exceptions=True)
     failures = [result for result in results if isinstance(result, BaseException)]
     if stopped:
         raise RunStopped(f"stage {stage!r}: {stopped[0]} ({len(results) - len(failures)} of {len(results)} rows were done)") from stopped[0].__cause__
@@ -234,7 +300,10 @@ def fill(log: CallLog, results_path: str | Path, requests_path: str | Path | Non
             choice = reply["body"]["choices"][0]
             tokens = [{one["token"]: one["logprob"] for one in token["top_logprobs"]}
                       for token in (choice.get("logprobs") or {}).get("content") or []]
-            row_parts = choice["message"]["content"], reply["body"].get("usage"), choice.get("finish_reason"), _first_line(tokens)
+            usage = reply["body"].get("usage")
+            if usage and str(result.get("id")).startswith("batch_req"):
+                usage = {**usage, BATCH: True}
+            row_parts = choice["message"]["content"], usage, choice.get("finish_reason"), _first_line(tokens)
             if not isinstance(row_parts[0], str):
                 raise TypeError("content is not text")
         except (ValueError, LookupError, TypeError, AttributeError) as error:

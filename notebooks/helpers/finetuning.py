@@ -1,9 +1,11 @@
 """Fine-tune: judgements -> chats to learn from -> engines that learn."""
 
+import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from llama_index.core.instrumentation import get_dispatcher
@@ -12,19 +14,17 @@ from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
 from llama_index.core.llms import LLM
 
 from .calls import ROW
+from .costs import EPOCHS, TRAINING_PRICES, job_path
 from .grading import lower_median
+from .models import live
 from .pairs import PROMPT, PairStudent, read_pair_prompt
 from .replies import read_score, read_verdict
-from .snapshots import DamagedFile, load_rows, write_text
+from .settings import LOCAL, name_of
+from .snapshots import CallLog, DamagedFile, load_rows, write_text
 from .student import Student, check_settings, read_prompt
 
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
-EPOCHS = 3
-# US dollars per million tokens of training, at second hand: oreateai.com (gpt-4.1, undated) and tokenmix.ai (gpt-4o-mini, April
-# 2026), as read in November 2026. Other pages differ: see developers.openai.com/api/docs/pricing before you pay. OpenAI takes
-# no new fine-tuning jobs after 2027-01-06, and none since 2026-05-07 from accounts that had none before.
-TRAINING_PRICES = {"gpt-4.1": 25.00, "gpt-4o-mini": 3.00}
 
 
 class _Recorder(BaseEventHandler):
@@ -211,3 +211,58 @@ class LocalFinetuneEngine:
         """The trained student, as an LLM that judges."""
         self.get_current_job()
         return self.student.llm()
+
+
+def hosted_students(model: str, data_path: str | Path, log: CallLog, **settings: Any) -> dict[str, LLM]:
+    """A hosted model to compare the local student with: {"hosted": fine-tuned on the file, "hosted_base": as it was}, both in front of the
+    log; {} if `model` is "minilm", and none is wanted.
+
+    A run that records or collects starts the job and waits for it. The job is noted in `finetuning_job.json` beside the log as soon as it
+    is started, so an interrupted run picks it up by its id; for another model or another file a new one is started. A replay needs the
+    note only.
+
+    Args:
+        model: of the role "student" (see `models_of`).
+        settings: `validation_path`, `suffix`, `seed`, `hyperparameters` of `HostedFinetuneEngine`.
+
+    Raises:
+        FinetuningFailed: the job was refused, failed or cancelled; the next run starts a new one.
+        RunStopped: the budget does not allow it, or it has not ended in time.
+    """
+    if model == LOCAL:
+        return {}
+    path = job_path(log)
+    job = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if log.mode == "replay":
+        if not job.get("fine_tuned_model"):
+            raise FileNotFoundError(f"{path}: no fine-tuned model of {model!r} was recorded; run with JUDGE_MODE=record")
+    else:
+        from .hosted import ENDED, FinetuningFailed, HostedFinetuneEngine
+
+        def note(running) -> dict:
+            trained = running.trained_tokens
+            noted = {**wanted, "id": running.id, "status": running.status, "fine_tuned_model": running.fine_tuned_model,
+                     "trained_tokens": trained, "tokens": trained or estimate}
+            write_text(path, json.dumps(noted, indent=1) + "\n")
+            return noted
+
+        wanted = {"base_model": name_of(model), "training_file_sha256": hashlib.sha256(Path(data_path).read_bytes()).hexdigest(),
+                  "settings": {name: str(value) for name, value in settings.items()}}
+        epochs = (settings.get("hyperparameters") or {}).get("n_epochs")
+        estimate = sum(count_tokens(load_rows(data_path))) * (epochs if isinstance(epochs, int) else EPOCHS)
+        if any(job.get(name) != value for name, value in wanted.items()) or job["status"] in ENDED[1:]:
+            log.ledger.allow_training(model, estimate)
+            job = {}
+        if not job.get("fine_tuned_model"):
+            engine = HostedFinetuneEngine(model, data_path, start_job_id=job.get("id"), **settings)
+            if not job:
+                engine.finetune()
+            note(engine.get_current_job())
+            try:
+                job = note(engine.wait())
+            except FinetuningFailed:
+                note(engine.get_current_job())
+                raise
+    at = "".join(model.partition("@")[1:])
+    return {name: log.llm(id, live(id + at), params={"temperature": 0}) for name, id in
+            (("hosted", job["fine_tuned_model"]), ("hosted_base", name_of(model)))}

@@ -30,7 +30,7 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
     return SCORES[flipped], "flipped"
 
 
-async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int = 16) -> list[dict]:
+async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int | None = None) -> list[dict]:
     """Judge every row, and return the rows with one more evaluation each, in the same order.
 
     An evaluation is {"llm": name, "score", "text"}, and for single grading "acceptable"; `text` is the judge's whole reply. A
@@ -45,7 +45,7 @@ async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, c
         evaluator: a CorrectnessEvaluator, a PairwiseComparisonEvaluator or a SingleGradingEvaluator. LlamaIndex's own parsers
             are not used: the first's raises on a bare "4.5" and lets 7.5 pass, the second's reads "[[B]] because not [[A]]" as A.
         name: of the judge.
-        concurrency: how many rows may be under way at once.
+        concurrency: how many rows may be under way at once; by default CONCURRENCY, 16.
 
     Raises:
         TypeError: an evaluator of another kind.

@@ -1,96 +1,137 @@
 """Live models: from a setting to an LLM; which failures to try again, and when; what may not be shown."""
 
+import asyncio
 import email.utils
-import os
 import re
 import time
+from contextlib import contextmanager
 from typing import Any, Awaitable, Callable
 
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms import LLM, LLMMetadata
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
-from .snapshots import ROOT
+from .settings import KEYS, LOCAL, ROLES, STAND_IN, RunStopped, base_url, name_of, setting
 
-STAND_IN = "stand-in-"
-ROLES = {"teacher": "TEACHER_MODEL", "question-writer": "WRITER_MODEL", "answerer": "ANSWERER_MODEL"}
 ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds; doubled each time: in all at least 15, enough for a server that restarts
 LONGEST_WAIT = 600.0  # a provider that asks for more is not waited for
 TIMEOUT = 120.0
+TEMPERATURE = 0.1  # of a call that names none, as in LlamaIndex
 MAX_TOKENS = 1024  # of a reply
-KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_TOKEN")
-KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}")
-
-
-class RunStopped(RuntimeError):
-    """No further call makes sense or is allowed; all that was answered is kept. The message says what to do."""
+THINKING_TOKENS = 4096  # besides, of a model that reasons before it replies
+# OpenAI's models that reason: o-series, and GPT-5 and later but for those named chat. They refuse `max_tokens` and a temperature.
+REASONING = re.compile(r"(?:[\w-]+/)?(?:ft:)?(?:o\d|gpt-(?:[5-9]|\d\d))(?!.*-chat)")
+KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)")  # the latter: a password in a URL
 
 
 class CallFailed(RuntimeError):
     """The live model failed to answer this call; the row that needed it is invalid, and asked again in the next run."""
 
 
-def load_env() -> None:
-    """Read `.env` in the project's folder, `NAME=value` a line; what the environment already has stays."""
-    path = ROOT / ".env"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        name, equals, value = line.partition("=")
-        if equals and not name.lstrip().startswith("#"):
-            os.environ.setdefault(name.removeprefix("export ").strip(), value.strip().strip("'\""))
+def access(model: str) -> tuple[str | None, str]:
+    """(base URL or None for OpenAI's own, key) of a model behind OpenAI's API or one compatible with it."""
+    if model.startswith(STAND_IN):
+        raise RunStopped(f"{model!r} is the name of recorded calls, not of a model: set {', '.join(list(ROLES.values())[:3])} (README.md, "
+                         "'Going live')")
+    if own := model.partition("@")[2]:
+        return own, setting("OPENAI_API_KEY") or "none"  # a server of one's own wants no key, but the client wants one to send
+    return base_url(), _key("OPENAI_API_KEY", model=model)
 
 
-def model_for(role: str) -> str:
-    """The model that plays a role, "teacher", "question-writer" or "answerer": what <ROLE>_MODEL says, or the bundled stand-in.
-
-    A setting is a model id, then perhaps `@` and the base URL of the endpoint that serves it. "hf:" before the id is Hugging Face's
-    inference API, "local:" a model on this machine; else it is OpenAI's API, or one compatible with it.
-    """
-    load_env()
-    return os.environ.get(ROLES[role]) or STAND_IN + role
+def reply_cap(model: str) -> int:
+    """The most tokens that a model may spend on a reply."""
+    return MAX_TOKENS + (THINKING_TOKENS if REASONING.match(name_of(model)) else 0)
 
 
-def name_of(model: str) -> str:
-    """The name under which a model's calls are logged: its id, wherever it is served."""
-    return re.sub(r"^(?:hf|local):", "", model.split("@")[0])
+def request_settings(model: str, params: dict) -> dict:
+    """What is sent with a call, live or in a batch, besides model and messages: its parameters, as far as the model takes them, and the
+    cap on the reply."""
+    if REASONING.match(name_of(model)):
+        refused = ("temperature", "top_p", "logprobs", "top_logprobs", "max_tokens")
+        return {**{name: value for name, value in params.items() if name not in refused}, "max_completion_tokens": reply_cap(model)}
+    return {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS, **params}
 
 
-def base_url() -> str | None:
-    """The one base URL for judge and fine-tuning client, which read different variables: OPENAI_API_BASE or OPENAI_BASE_URL."""
-    load_env()
-    return os.environ.get("OPENAI_API_BASE") or os.environ.get("OPENAI_BASE_URL") or None
+def openai_client(model: str):
+    """OpenAI's own client for a model: for files, fine-tuning jobs, batches. It does not retry."""
+    import openai
+
+    url, key = access(model)
+    return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=0)
 
 
 def live(model: str) -> Callable[[], LLM]:
-    """A function that makes the LLM of a setting (see `model_for`), for `CallLog.llm`. Retries are left to the log, so that they
+    """A function that makes the LLM of a setting (see `models_of`), for `CallLog.llm`. Retries are left to the log, so that they
     are one layer."""
 
     def make() -> LLM:
-        load_env()
-        if model.startswith(STAND_IN):
-            raise RunStopped(f"{model!r} is the name of recorded calls, not of a model: set {', '.join(ROLES.values())} (README.md, "
-                             "'Going live')")
         if model.startswith("local:"):
             from llama_index.llms.huggingface import HuggingFaceLLM
 
             return HuggingFaceLLM(model_name=name_of(model), tokenizer_name=name_of(model), max_new_tokens=MAX_TOKENS)
         if model.startswith("hf:"):
-            from llama_index.llms.huggingface_api import HuggingFaceInferenceAPI
-
             token = _key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model)
             served_at = model.partition("@")[2]
-            return HuggingFaceInferenceAPI(model_name=served_at or name_of(model), token=token, num_output=MAX_TOKENS, timeout=TIMEOUT)
-        url = model.partition("@")[2] or base_url()
-        # A server of one's own wants no key, but the client wants one to send.
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if model.partition("@")[2] else _key("OPENAI_API_KEY", model=model))
-        return _endpoint_class()(model=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0, max_tokens=MAX_TOKENS)
+            return _inference_class()(model_name=served_at or name_of(model), token=token, num_output=MAX_TOKENS, timeout=TIMEOUT)
+        url, key = access(model)
+        return _endpoint_class()(model=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0)
 
+    make.model = model
     return make
+
+
+def live_embedding(model: str) -> BaseEmbedding:
+    """LlamaIndex's client for a hosted embedding model."""
+    from llama_index.embeddings.openai import OpenAIEmbedding
+
+    url, key = access(model)
+    return OpenAIEmbedding(model_name=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0)
+
+
+def unreachable(model: str) -> str:
+    """Why a model cannot be asked; "" if it can. Its endpoint is asked for the model's name, which costs nothing.
+
+    An endpoint that lists no models is not held against it.
+    """
+    if model == LOCAL or model.startswith("local:"):
+        return ""
+    try:
+        if model.startswith("hf:") and "@" not in model:
+            from huggingface_hub import HfApi
+
+            hub = HfApi(token=_key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model))
+            ask_and_block(lambda: hub.model_info(name_of(model)))
+            return ""
+        client = openai_client(model)
+        with client:
+            try:
+                ask_and_block(lambda: client.models.retrieve(name_of(model)))
+            except RunStopped as error:
+                if error.status != 404:
+                    raise
+                known = _listed(client)
+                return f"{client.base_url} does not have it, but {', '.join(known[:8])}" if known and name_of(model) not in known else ""
+    except (RunStopped, CallFailed) as error:
+        return str(error)
+    return ""
+
+
+def _listed(client) -> list[str]:
+    """The ids of an endpoint's models; none if it does not say."""
+    try:
+        return [one.id for one in ask_and_block(client.models.list)]
+    except RunStopped as error:
+        if error.status == 404:
+            return []
+        raise
 
 
 def _key(*names: str, model: str = "") -> str:
     for name in names:
-        if value := os.environ.get(name):
+        if value := setting(name):
             return value
     raise RunStopped(f"no key for {model!r}: set {names[0]} in the environment or in .env")
 
@@ -101,17 +142,45 @@ def _endpoint_class():
     class Endpoint(OpenAI):
         """OpenAI's client for any model id: its own looks the id up in a table and refuses those that it does not know."""
 
+        _loop: Any = PrivateAttr(default=None)
+
         @property
         def metadata(self) -> LLMMetadata:
             return LLMMetadata(model_name=self.model, is_chat_model=True)
 
+        def _get_aclient(self):
+            # A connection of another event loop sends its request and then fails: the call would be paid twice.
+            if self._loop is not (loop := asyncio.get_running_loop()):
+                self._loop, self._aclient = loop, None
+            return super()._get_aclient()
+
+        def _get_model_kwargs(self, **kwargs: Any) -> dict:
+            return {"model": self.model, **request_settings(self.model, kwargs)}
+
     return Endpoint
+
+
+def _inference_class():
+    from huggingface_hub import AsyncInferenceClient
+    from llama_index.llms.huggingface_api import HuggingFaceInferenceAPI
+
+    class Inference(HuggingFaceInferenceAPI):
+        """Hugging Face's client with its connections renewed for a new event loop, in which the old ones fail."""
+
+        _loop: Any = PrivateAttr(default=None)
+
+        async def achat(self, messages: Any, **kwargs: Any) -> Any:
+            if self._loop is not (loop := asyncio.get_running_loop()):
+                self._loop, self._async_client = loop, AsyncInferenceClient(**self._get_inference_client_kwargs())
+            return await super().achat(messages, **kwargs)
+
+    return Inference
 
 
 def redact(text: str) -> str:
     """The text without anything that is or looks like a key: providers quote them in their errors."""
     for name in KEYS:
-        if value := os.environ.get(name):
+        if value := setting(name):
             text = text.replace(value, "[key]")
     return KEY_LIKE.sub("[key]", text)
 
@@ -124,14 +193,17 @@ def status_of(error: BaseException) -> int | None:
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed in a while: too many requests, a fault of the server, a timeout, a broken connection."""
     import httpx
+    import httpx2
     import openai
+    import requests
 
     if getattr(error, "code", None) == "insufficient_quota":
         return False
     status = status_of(error)
     if status is not None:
         return status in (408, 409, 429) or status >= 500
-    return isinstance(error, (openai.APIConnectionError, httpx.TransportError, ConnectionError, TimeoutError))
+    return isinstance(error, (openai.APIConnectionError, httpx.TransportError, httpx2.TransportError, requests.ConnectionError,
+                              requests.Timeout, ConnectionError, TimeoutError))
 
 
 def stops_the_run(error: BaseException) -> str | None:
@@ -165,20 +237,28 @@ def _again(error: BaseException) -> bool:
     return is_transient(error) and (retry_after(error) or 0) <= LONGEST_WAIT
 
 
-def _policy() -> dict:
+def retry_policy() -> dict:
+    """For tenacity: what to try again, how often, and when."""
     return {"retry": retry_if_exception(_again), "wait": _wait, "stop": stop_after_attempt(ATTEMPTS), "reraise": True}
 
 
-def _told(error: Exception, attempts: int) -> tuple[Exception, Exception | None]:
-    """(RunStopped or CallFailed, its cause): the failure in words that hold no key."""
-    if isinstance(error, RunStopped):
-        return error, None
-    raw = f"{type(error).__name__}: {error}"
-    said = redact(raw)
-    cause = error if said == raw else None  # a traceback would show the provider's message, and the key that it quotes
-    if why := stops_the_run(error):
-        return RunStopped(f"{why}: {said}. What was answered is kept; run again to go on."), cause
-    return CallFailed(said + (f" (asked {attempts} times)" if attempts > 1 else "")), cause
+@contextmanager
+def _told(retrying: AsyncRetrying | Retrying):
+    """Raise what fails in the block as RunStopped or CallFailed, in words that hold no key, with the HTTP `status`."""
+    try:
+        yield
+    except RunStopped:
+        raise
+    except Exception as error:  # of whatever client: it ends here, told in the row or as the run's end
+        raw, attempts = f"{type(error).__name__}: {error}", retrying.statistics["attempt_number"]
+        said = redact(raw)
+        if why := stops_the_run(error):
+            failure = RunStopped(f"{why}: {said}. What was answered is kept; run again to go on.")
+        else:
+            failure = CallFailed(said + (f" (asked {attempts} times)" if attempts > 1 else ""))
+        failure.status = status_of(error)
+        # A traceback would show the provider's own message too, and the key that it quotes.
+        raise failure from (error if said == raw else None)
 
 
 async def ask(call: Callable[[], Awaitable]) -> Any:
@@ -188,23 +268,17 @@ async def ask(call: Callable[[], Awaitable]) -> Any:
         RunStopped: the failure is not this call's alone (see `stops_the_run`).
         CallFailed: any other.
     """
-    retrying = AsyncRetrying(**_policy())
 
     async def once() -> Any:
         return await call()
 
-    try:
+    retrying = AsyncRetrying(**retry_policy())
+    with _told(retrying):
         return await retrying(once)
-    except Exception as error:  # of whatever client: it ends here, told in the row or as the run's end
-        failure, cause = _told(error, retrying.statistics["attempt_number"])
-        raise failure from cause
 
 
 def ask_and_block(call: Callable[[], Any]) -> Any:
     """As `ask`, for a call that is not awaited."""
-    retrying = Retrying(**_policy())
-    try:
+    retrying = Retrying(**retry_policy())
+    with _told(retrying):
         return retrying(call)
-    except Exception as error:
-        failure, cause = _told(error, retrying.statistics["attempt_number"])
-        raise failure from cause

@@ -11,17 +11,20 @@ import os
 import threading
 import warnings
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator
+
+from .settings import ROOT, id_of, name_of, setting
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock: there, nothing stops two processes from recording to one log
     fcntl = None
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 MODES = ("replay", "record", "collect")
+RECORDED = "recorded"
 SCHEMA = 1
 FIELDS = ("v", "key", "model", "messages", "params", "sample", "response", "usage", "finish_reason", "created")
 
@@ -35,7 +38,7 @@ class DamagedFile(ValueError):
 
 def judge_mode() -> str:
     """The mode of this run, from `JUDGE_MODE`: "replay", "record" or "collect"."""
-    return _known_mode(os.environ.get("JUDGE_MODE") or "replay")
+    return _known_mode(setting("JUDGE_MODE"))
 
 
 def _known_mode(mode: str) -> str:
@@ -47,12 +50,12 @@ def _known_mode(mode: str) -> str:
 def snapshot_folder(name: str) -> Path:
     """The folder of a snapshot's part: `data/<name>`, or `<SNAPSHOT>/<name>`, a relative SNAPSHOT being below `data/`.
 
-    A recording goes to a snapshot of its own: the modes that write are refused where `SNAPSHOT` is not set.
+    A run that records or collects never writes into the bundled snapshot: without SNAPSHOT it has `data/recorded`.
     """
-    snapshot, mode = os.environ.get("SNAPSHOT", ""), judge_mode()
-    if not snapshot and mode != "replay":
-        raise ValueError(f"JUDGE_MODE={mode} would write into the bundled snapshot: set SNAPSHOT to a folder of your own")
-    folder = DATA / snapshot / name
+    mode = judge_mode()
+    folder = DATA / (setting("SNAPSHOT") or ("" if mode == "replay" else RECORDED)) / name
+    if mode != "replay" and folder.resolve() == (DATA / name).resolve():
+        raise ValueError(f"SNAPSHOT={setting('SNAPSHOT')!r} is the bundled snapshot, which is not recorded over: name a folder of your own")
     if mode == "replay" and not folder.is_dir():
         raise FileNotFoundError(f"no snapshot at {folder}: record one with JUDGE_MODE=record, or unset SNAPSHOT")
     return folder
@@ -137,18 +140,32 @@ class CallLog:
         self._reader = self._writer = None
         self._collected: set[str] = set()
         self._lock = threading.RLock()
+        self._names_path = self.path.with_name("names.json")
+        # {logged name: model id}, where they differ, as they do by persona: its price, and what a batch must ask for
+        self.models = json.loads(self._names_path.read_text(encoding="utf-8")) if self._names_path.exists() else {}
         if self.path.exists():
             self._scan()
 
     def __len__(self) -> int:
         return len(self._index)
 
+    @cached_property
+    def ledger(self):
+        """What the calls cost: see `costs.Ledger`."""
+        from .costs import Ledger
+
+        return Ledger(self)
+
     def llm(self, model_name: str, live: Any = None, **settings: Any):
         """A LlamaIndex LLM whose calls go through this log, under the model's name: see `LoggedLLM` for the settings."""
         from .calls import LoggedLLM
-        from .models import name_of
 
-        return LoggedLLM(log=self, live=live, model_name=name_of(model_name), **settings)
+        logged, asked = name_of(model_name), id_of(getattr(live, "model", "") if callable(live) else "")
+        if asked and self.models.get(logged, logged) != asked:
+            self.models[logged] = asked
+            if self.mode != "replay":
+                write_text(self._names_path, json.dumps(self.models, indent=1) + "\n")
+        return LoggedLLM(log=self, live=live, model_name=logged, **settings)
 
     def get(self, key: str) -> dict | None:
         """The row of a key, or None."""
@@ -177,7 +194,7 @@ class CallLog:
         with self._lock:
             if key in self._index:
                 return self.get(row["key"])
-            file = self._open_to_write()
+            file = self.open_to_write()
             file.seek(self._end)
             file.truncate()  # cuts off a torn line, or what a full disk left of the last attempt
             file.write(self._joint + line)
@@ -188,7 +205,13 @@ class CallLog:
             self._joint = b""
         return row
 
-    def _open_to_write(self):
+    def open_to_write(self):
+        """The file, open for this process alone. A run that records calls it before it asks for what it could not keep.
+
+        Raises:
+            RuntimeError: another process writes to it, or has since it was read here.
+            OSError: it cannot be written to.
+        """
         if self._writer is None or self._writer.closed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A cell that is run again opens the log again: of one process, the newest writes.
@@ -239,8 +262,8 @@ class CallLog:
             at = len(os.path.commonprefix([text, theirs]))
             said += [f"The nearest recorded prompt (key {nearest['key'][:12]}, model {nearest['model']!r}) differs first at character {at}:",
                      f"  recorded: {theirs[max(0, at - 40):at + 60]!r}", f"  this run: {text[max(0, at - 40):at + 60]!r}"]
-        said.append("To have it answered: `make record` (a live model) or `make collect` (requests to answer elsewhere), "
-                    "with SNAPSHOT set to a folder of your own; see 'Going live' in README.md.")
+        said.append("To have it answered: `make record` (a live model) or `make collect` (requests to answer elsewhere); "
+                    "see 'Going live' in README.md.")
         return "\n".join(said)
 
     def _scan(self) -> None:

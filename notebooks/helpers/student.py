@@ -12,7 +12,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
 
-from .datasets import local_embedding
+from .embeddings import local_embedding
 
 Item = tuple[str, str, str]  # question, evidence (the reference answer, or the context), answer to judge
 

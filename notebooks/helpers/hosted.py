@@ -1,0 +1,147 @@
+"""Fine-tune a hosted student: llama-index-finetuning's OpenAIFinetuneEngine, with its faults closed.
+
+Imported only where it is used: the package below takes seconds to import and sets up logging for everyone.
+"""
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+_root = logging.getLogger()
+_handlers, _level = _root.handlers[:], _root.level
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # that it is unmaintained is why it is wrapped here
+    from llama_index.finetuning import OpenAIFinetuneEngine
+_root.handlers[:], _ = _handlers, _root.setLevel(_level)  # it sets two handlers that print every request
+
+from llama_index.core.llms import LLM
+
+from .finetuning import check_events
+from .models import CallFailed, ask_and_block, live, openai_client, redact
+from .settings import RunStopped, name_of, number, terminal
+
+ENDED = ("succeeded", "failed", "cancelled")
+CLOSED = ("OpenAI takes no new fine-tuning jobs after 2027-01-06, and since 2026-05-07 none from accounts that had none before. To train on "
+          "the same file on your own machine, use LocalFinetuneEngine and unset STUDENT_MODEL.")
+
+
+class FinetuningFailed(RunStopped):
+    """There will be no fine-tuned model; the message gives the service's reason."""
+
+
+class HostedFinetuneEngine(OpenAIFinetuneEngine):
+    """OpenAI's fine-tuning as llama-index-finetuning offers it, made safe to wait for. The key and the base URL are the judge's.
+
+    Where the original posts the job again once a minute for as long as it is refused, a refusal raises here; the job can be waited for,
+    and its failure says why; a job is never started twice for one upload.
+
+    Args:
+        base_model: an id that may be fine-tuned, with its base URL if it has one (see `models_of`).
+        data_path, validation_path: fine-tuning files, each checked before it is uploaded.
+        suffix: part of the fine-tuned model's name, up to 64 characters.
+        seed: of the job.
+        hyperparameters: such as {"n_epochs": 3}; the service chooses what is not given.
+        start_job_id: of a job to be picked up, in place of `finetune()`.
+
+    Raises:
+        FinetuningFailed: there is no such job.
+    """
+
+    def __init__(self, base_model: str, data_path: str | Path, *, validation_path: str | Path | None = None, suffix: str | None = None,
+                 seed: int | None = None, hyperparameters: dict | None = None, start_job_id: str | None = None) -> None:
+        # Not the original's, which makes a client that knows of no base URL.
+        self.base_model, self.data_path, self.validation_path = name_of(base_model), data_path, validation_path
+        self._model, self._verbose, self._validate_json = base_model, True, True
+        method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else None
+        self._extras = {name: value for name, value in (("suffix", suffix), ("seed", seed), ("method", method)) if value is not None}
+        self._client = openai_client(base_model)
+        self._start_job = self._or_refused(lambda: self._client.fine_tuning.jobs.retrieve(start_job_id)) if start_job_id else None
+
+    def finetune(self) -> None:
+        """Check and upload the files, and start the job.
+
+        Raises:
+            DamagedFile: a file is not what it must be.
+            FinetuningFailed: the service refuses the job; the message has its words.
+        """
+        paths = {"training_file": self.data_path, **({"validation_file": self.validation_path} if self.validation_path else {})}
+        for path in paths.values():
+            check_events(path)
+        files = {name: self._upload(Path(path)) for name, path in paths.items()}
+
+        def create():
+            # After a broken connection the job may be there all the same: it has our file.
+            if attempts and (job := next((job for job in self._client.fine_tuning.jobs.list(limit=20)
+                                          if job.training_file == files["training_file"]), None)):
+                return job
+            attempts.append(1)
+            return self._client.fine_tuning.jobs.create(model=self.base_model, **files, **self._extras)
+
+        attempts: list = []
+        self._start_job = self._or_refused(create)
+        print(f"fine-tuning job {self._start_job.id} of {self.base_model}: started", file=terminal(), flush=True)
+
+    def _upload(self, path: Path) -> str:
+        content = path.read_bytes()
+        file = self._or_refused(lambda: self._client.files.create(file=(path.name, content), purpose="fine-tune"))
+        file = self._client.files.wait_for_processing(file.id, poll_interval=number("POLL_SECONDS"), max_wait_seconds=600)
+        if file.status == "error":
+            raise FinetuningFailed(f"{path}: the service cannot read it: {getattr(file, 'status_details', None) or 'no reason given'}")
+        return file.id
+
+    def _or_refused(self, call) -> Any:
+        try:
+            return ask_and_block(call)
+        except (RunStopped, CallFailed) as error:
+            refused = getattr(error, "status", None) in (400, 403, 404)
+            raise FinetuningFailed(f"fine-tuning {self.base_model!r}: {error} {CLOSED if refused else ''}".strip()) from error.__cause__
+
+    def get_current_job(self) -> Any:
+        """The job as it stands now."""
+        if self._start_job is None:
+            raise ValueError("call finetune() first")
+        return self._or_refused(super().get_current_job)
+
+    def wait(self) -> Any:
+        """Wait until the job has ended, at most FINETUNING_HOURS, looking every POLL_SECONDS. Prints each new status; returns the job.
+
+        Raises:
+            FinetuningFailed: the job failed or was cancelled; the message gives the reason.
+            RunStopped: it has not ended in time; it goes on without us, and can be picked up by its id.
+        """
+        hours, said = number("FINETUNING_HOURS"), None
+        end = time.monotonic() + hours * 3600
+        while (job := self.get_current_job()).status not in ENDED:
+            if job.status != said:
+                print(f"fine-tuning job {job.id}: {(said := job.status)}", file=terminal(), flush=True)
+            if time.monotonic() > end:
+                raise RunStopped(f"fine-tuning job {job.id} is {job.status!r} after {hours:g} hours (FINETUNING_HOURS). It goes on; run "
+                                 "again to wait for it.")
+            time.sleep(number("POLL_SECONDS"))
+        print(f"fine-tuning job {job.id}: {job.status}", file=terminal(), flush=True)
+        if job.status != "succeeded":
+            raise _failure(job)
+        return job
+
+    def get_finetuned_model(self, **model_kwargs: Any) -> LLM:
+        """The fine-tuned model as an LLM; `wait()` first.
+
+        Raises:
+            FinetuningFailed: the job failed or was cancelled.
+            ValueError: it has not ended.
+        """
+        job = self.get_current_job()
+        if job.status not in ENDED:
+            raise ValueError(f"fine-tuning job {job.id} is {job.status!r}: call wait() first")
+        if job.status != "succeeded":
+            raise _failure(job)
+        at = "".join(self._model.partition("@")[1:])
+        return live(job.fine_tuned_model + at)()
+
+
+def _failure(job) -> FinetuningFailed:
+    error = job.error
+    reason = f"{error.message} ({error.code})" if error and error.message else "no reason given"
+    return FinetuningFailed(f"fine-tuning job {job.id} {'was cancelled' if job.status == 'cancelled' else 'failed'}: {redact(reason)}")

@@ -1,0 +1,164 @@
+"""The Batch API against the loopback server: collect, submit, poll, pick up, fill."""
+
+import asyncio
+import json
+
+import pytest
+from helpers import CallLog, Collected, RunStopped, cost_table, judge_rows, live, load_rows
+from helpers.batch import answer_requests
+from helpers.models import MAX_TOKENS
+from llama_index.core.evaluation import CorrectnessEvaluator
+from server import Server, answer
+
+CREATED = ("POST", "/v1/batches")
+
+
+@pytest.fixture(autouse=True)
+def collecting(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-key-0000")
+    monkeypatch.setenv("JUDGE_MODE", "collect")
+    monkeypatch.setenv("POLL_SECONDS", "0.01")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "snapshot" / "calls.jsonl"
+
+
+def judged(rows, path, personas=("", "-terse"), model="gpt-4.1"):
+    """Rows judged under two logged names of one model, as a notebook's stage would; Collected if not all are answered."""
+    log = CallLog(path)
+
+    async def go():
+        done = []
+        for i, persona in enumerate(personas):
+            llm = log.llm(model.split("@")[0] + persona, live(model), params={"temperature": 0})
+            done += [judge_rows(rows[i::len(personas)], CorrectnessEvaluator(llm=llm), name="t")]
+        results = await asyncio.gather(*done, return_exceptions=True)
+        if stopped := next((one for one in results if isinstance(one, BaseException)), None):
+            raise stopped
+        return [row for part in results for row in part]
+
+    return asyncio.run(go())
+
+
+def collected(rows, path, **settings):
+    with pytest.raises(Collected):
+        judged(rows, path, **settings)
+    return CallLog(path)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with Server() as running:
+        monkeypatch.setenv("TEACHER_MODEL", f"gpt-4.1@{running.url}")
+        yield running
+
+
+def test_requests_go_out_under_the_model_s_own_id_and_come_back_in_any_order(rows, path, server, monkeypatch, capsys):
+    log = collected(rows, path)
+    assert answer_requests(log) == [] and len(log) == 12
+    [batch] = server.batches.values()
+    sent = [json.loads(line) for line in server.files[batch["input"]].splitlines()]
+    assert {line["body"]["model"] for line in sent} == {"gpt-4.1"} and {line["body"]["max_tokens"] for line in sent} == {MAX_TOKENS}
+    assert sorted(line["custom_id"] for line in sent) == sorted(request["custom_id"] for request in load_rows(log.requests_path))
+    assert {row["model"] for row in load_rows(path)} == {"gpt-4.1", "gpt-4.1-terse"} and max(server.asked.values()) == 1
+    done = judged(rows, path)
+    for row in done:  # the server's replies depend on the prompt: each came to its row
+        body = next(body for body in server.bodies if row["question"] in body["messages"][-1]["content"])
+        assert row["evaluations"][0]["text"] == server.reply(body["messages"])
+    said = capsys.readouterr().out
+    for part in ("batch batch_1 of 12 requests to gpt-4.1: started", "batch_1: in_progress, 0 of 12 answered", "batch_1: completed"):
+        assert part in said, said
+
+
+def test_a_batch_costs_half(rows, path, server, monkeypatch):
+    monkeypatch.setenv("PRICES", "gpt-4.1=2/8")
+    log = collected(rows, path)
+    answer_requests(log)
+    usage = [row["usage"] for row in load_rows(path)]
+    full = sum(2 * one["prompt_tokens"] + 8 * one["completion_tokens"] for one in usage) / 1e6
+    assert CallLog(path).ledger.spent() == pytest.approx(full / 2) and cost_table(log)["$"]["in all"].item() == pytest.approx(full / 2, abs=1e-4)
+
+
+def test_an_interrupted_wait_is_picked_up_by_its_id(rows, path, server, monkeypatch, capsys):
+    log = collected(rows, path)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("helpers.batch.time.sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer_requests(log)
+    assert answer_requests(collected(rows, path)) == []
+    assert server.requests.count(CREATED) == 1 and "batch batch_1 of 12 requests to gpt-4.1: picked up" in capsys.readouterr().out
+    judged(rows, path)
+
+
+def test_what_a_killed_fill_left_is_taken_from_the_same_batch(rows, path, server, monkeypatch):
+    log, append = collected(rows, path), CallLog.append
+
+    def killed(self, row):
+        if len(self) == 5:
+            raise KeyboardInterrupt
+        return append(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CallLog, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            answer_requests(log)
+    log = collected(rows, path)
+    assert len(load_rows(log.requests_path)) == 7 and answer_requests(log) == []
+    assert server.requests.count(CREATED) == 1 and len(server.bodies) == 12
+    judged(rows, path)
+
+
+def test_one_request_that_failed_is_told_and_sent_anew(rows, path, server):
+    server.fault = lambda body, before: answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] and len(server.batches) == 1 else None
+    wrong = answer_requests(log := collected(rows, path))
+    assert len(log) == 11 and len(wrong) == 1 and "failed" in wrong[0] and "No." in wrong[0]
+    assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 2 and len(server.bodies) == 13
+    judged(rows, path)
+
+
+def test_a_batch_that_expires_keeps_what_it_answered(rows, path, server):
+    server.batch = ("in_progress", "expired")
+    wrong = answer_requests(log := collected(rows, path))
+    assert len(log) == 6 and len(wrong) == 6 and all(line.endswith("no result") for line in wrong)
+    server.batch = ("in_progress", "completed")
+    assert answer_requests(collected(rows, path)) == [] and len(server.bodies) == 12
+    judged(rows, path)
+
+
+def test_a_batch_that_fails_says_why_and_the_next_run_starts_anew(rows, path, server):
+    server.batch = ("validating", "failed")
+    with pytest.raises(RunStopped, match=r"batch batch_1 failed: This line is not JSON. \(line 3\)"):
+        answer_requests(collected(rows, path))
+    server.batch = ("completed",)
+    assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 2
+
+
+def test_a_batch_is_started_once_whatever_becomes_of_the_reply(rows, path, server):
+    server.gate = lambda method, path, before: "lost" if (method, path) == CREATED and before == 0 else None
+    assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 1 and len(server.bodies) == 12
+
+
+def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
+    log = collected(rows, path)
+    for name, value, said in (("BUDGET_CALLS", "11", "12 more calls on 0 are over the budget of 11"),
+                              ("BUDGET_DOLLARS", "0.001", r"this batch may cost \$0.0\d+, and \$0.0000 of the budget of \$0.001 is spent")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(RunStopped, match=said):
+            answer_requests(log)
+        monkeypatch.delenv(name)
+    assert not server.requests
+    monkeypatch.setenv("BUDGET_CALLS", "12")
+    assert answer_requests(log) == []
+
+
+def test_models_without_a_batch_api_are_named(rows, path, monkeypatch):
+    for model in ("hf:mistralai/M", "stand-in-teacher"):
+        monkeypatch.setenv("TEACHER_MODEL", model)
+        with pytest.raises(RunStopped, match=f"'{model}' has no Batch API"):
+            answer_requests(collected(rows, path, model=model, personas=("",)))
