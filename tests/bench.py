@@ -1,20 +1,30 @@
 """`make bench`: what the README and the design promise, measured in one run. Prints a line a figure, with its limit."""
 
 import asyncio
+import contextlib
+import io
+import itertools
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
+
+import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 
-from helpers import (CallLog, Student, embed, finetuning_events, items_of, judge_rows, load_rows, local_embedding, score_distribution,
+from helpers import (CallLog, Student, embed, finetuning_events, items_of, judge_rows, live, load_rows, local_embedding, score_distribution,
                      scores_of, untrained_judges)
 from helpers.snapshots import DATA, ROOT, make_row
-from llama_index.core.evaluation import CorrectnessEvaluator
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.evaluation import BatchEvalRunner, CorrectnessEvaluator
+from llama_index.llms.openai import OpenAI
+from server import Server
 
 missed = []
 
@@ -133,7 +143,175 @@ def notebooks() -> None:
     show("make run", run, "s", 120)
 
 
+class Loopback:
+    """The loopback server in a process of its own: `with Loopback(0.2) as url`."""
+
+    def __init__(self, delay: float) -> None:
+        self.delay = delay
+
+    def __enter__(self) -> str:
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("server.py")), str(self.delay)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self.process.stdout.readline().strip()
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+
+def fresh_rows(count: int) -> list[dict]:
+    """Rows that nobody has asked about before."""
+    start = next(numbers) * 100_000
+    return [{"question": f"Question {start + i}?", "reference": "It is so. " * 20, "response_data": {"text": f"Answer {i}. " * 10}}
+            for i in range(count)]
+
+
+numbers = itertools.count()
+
+
+async def bare_gather(evaluator: CorrectnessEvaluator, rows: list[dict], concurrency: int) -> None:
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(row: dict) -> None:
+        async with gate:
+            await evaluator.aevaluate(query=row["question"], response=row["response_data"]["text"], reference=row["reference"])
+
+    await asyncio.gather(*map(one, rows))
+
+
+async def in_turn(evaluator: CorrectnessEvaluator, rows: list[dict], concurrency: int) -> None:
+    await bare_gather(evaluator, rows, 1)
+
+
+async def by_runner(evaluator: CorrectnessEvaluator, rows: list[dict], concurrency: int) -> None:
+    runner = BatchEvalRunner({"correctness": evaluator}, workers=concurrency)
+    await runner.aevaluate_response_strs(queries=[row["question"] for row in rows], response_strs=[row["response_data"]["text"] for row in rows],
+                                         reference=[row["reference"] for row in rows])
+
+
+async def raw(url: str, rows: list[dict], concurrency: int) -> None:
+    """The same requests by aiohttp alone: what the machine and the server allow."""
+    gate = asyncio.Semaphore(concurrency)
+    async with aiohttp.ClientSession() as session:
+
+        async def one(row: dict) -> None:
+            body = {"model": "m", "messages": [{"role": "user", "content": json.dumps(row) + "You judge. " * 100}]}
+            async with gate, session.post(url + "/chat/completions", json=body) as response:
+                await response.json()
+
+        await asyncio.gather(*map(one, rows))
+
+
+def live_calls() -> None:
+    """Calls that take a while, so many at once: wall time against the limit, calls * delay / concurrency. The machine is shared, so
+    each is the best of several rounds."""
+    for delay, calls, concurrency, rounds in ((0.2, 128, 16, 5), (1.0, 256, 64, 3)):
+        limit = calls * delay / concurrency
+        print(f"{calls} live calls of {delay:g} s, {concurrency} at once: times the limit of {limit:g} s, best of {rounds}")
+        walls, processor = {}, {}
+
+        async def measure(name: str, job) -> None:
+            wall, used = time.perf_counter(), time.process_time()
+            await job
+            walls[name] = min(walls.get(name, math.inf), time.perf_counter() - wall)
+            processor[name] = min(processor.get(name, math.inf), time.process_time() - used)
+
+        async def rounds_of_all(url: str, folder: str) -> None:
+            log = CallLog(Path(folder) / "calls.jsonl", "record")
+            logged = CorrectnessEvaluator(llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0}))
+            endpoint = CorrectnessEvaluator(llm=live(f"gpt-4.1@{url}")())
+            theirs = CorrectnessEvaluator(llm=OpenAI(model="gpt-4.1", api_base=url, api_key="none"))
+            await judge_rows(fresh_rows(concurrency), logged, name="warm", concurrency=concurrency)
+            for _ in range(rounds):
+                await measure("judge_rows, with the log", judge_rows(fresh_rows(calls), logged, name="t", concurrency=concurrency))
+                await measure("a bare gather of the evaluator, our endpoint", bare_gather(endpoint, fresh_rows(calls), concurrency))
+                await measure("a bare gather of the evaluator, LlamaIndex's", bare_gather(theirs, fresh_rows(calls), concurrency))
+                await measure("LlamaIndex's BatchEvalRunner", by_runner(theirs, fresh_rows(calls), concurrency))
+                await measure("aiohttp alone", raw(url, fresh_rows(calls), concurrency))
+            if delay < 1:
+                await measure("one after the other, as the originals", in_turn(theirs, fresh_rows(calls), concurrency))
+
+        with Loopback(delay) as url, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            asyncio.run(rounds_of_all(url, folder))
+        for name, wall in walls.items():
+            show(name, wall / limit, "times", 1.15 if name.startswith("judge_rows") else None)
+            show("    processor time a call", processor[name] / calls * 1000, "ms")
+
+
+def log_cost() -> None:
+    print("The log's own cost when recording: 1,000 rows by 16 tasks, flushed to this disk")
+    with tempfile.TemporaryDirectory() as folder:
+        numbered = [make_row(call(i), "4.0\nBecause.", {"prompt_tokens": 1, "completion_tokens": 1}) for i in range(1000)]
+
+        async def write(log: CallLog) -> None:
+            gate = asyncio.Semaphore(16)
+
+            async def one(row: dict) -> None:
+                async with gate:
+                    await log.append_soon(row)
+
+            await asyncio.gather(*map(one, numbered))
+
+        grouped = min(seconds(lambda i=i: asyncio.run(write(CallLog(Path(folder) / f"{i}.jsonl", "record")))) for i in range(3))
+        show("a row, flushes shared", grouped, "ms", 1)
+        one_by_one = CallLog(Path(folder) / "one.jsonl", "record")
+        show("a row, each flushed by itself", seconds(lambda: [one_by_one.append(row) for row in numbered]), "ms")
+
+
+RESUMING = """
+import asyncio, resource, sys
+from helpers import CallLog, judge_rows, live
+from llama_index.core.evaluation import CorrectnessEvaluator
+
+path, url, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+rows = [{"question": f"Question {i}?", "reference": "It is so.", "response_data": {"text": f"Answer {i}."}} for i in range(count)]
+log = CallLog(path, "record")
+judge = CorrectnessEvaluator(llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0}))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+judged = asyncio.run(judge_rows(rows, judge, name="t", concurrency=32))
+unit = 1 if sys.platform == "darwin" else 1024
+print(sum(row["evaluations"][0]["score"] is not None for row in judged), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e6)
+"""
+
+
+def resuming() -> None:
+    calls = 10_000
+    print(f"{calls:,} calls recorded, killed at half, and resumed")
+    with Server() as server, tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OPENAI_API_KEY": "none", "JUDGE_MODE": "record"}
+
+        def start(count: int, path: Path) -> subprocess.Popen:
+            return subprocess.Popen([sys.executable, "-c", RESUMING, str(path), server.url, str(count)], stdout=subprocess.PIPE,
+                                    stderr=subprocess.DEVNULL, text=True, cwd=ROOT / "notebooks", env=environment)
+
+        few = start(calls // 4, Path(folder) / "few.jsonl")
+        _, small = map(float, few.communicate()[0].split())
+        server.bodies.clear()
+        path = Path(folder) / "calls.jsonl"
+        first = start(calls, path)
+        while first.poll() is None and (not path.exists() or path.stat().st_size < 1.0e3 * calls / 2):
+            time.sleep(0.05)
+        first.kill()
+        first.communicate()
+        sent = len(server.bodies)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a torn last line
+            held = len(CallLog(path, "replay"))
+        second = start(calls, path)
+        done, large = map(float, second.communicate()[0].split())
+        show("answered before the kill", held, "calls")
+        show("under way at the kill", sent - held, "calls", 32)
+        show("sent by the second run, less what was missing", len(server.bodies) - sent - (calls - held), "calls", 0)
+        show("rows in the end, less all", done - calls, "rows", 0)
+        show("memory of a run over what it starts with", large, "MB")
+        show("a row of it, against a run of a quarter of the rows", (large / calls) / (small / (calls // 4)), "times", 1.5)
+
+
 if __name__ == "__main__":
+    live_calls()
+    log_cost()
+    resuming()
     replay()
     student()
     soft_targets()

@@ -122,6 +122,7 @@ class Server:
     # Models
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
+        due = self._loop.time() + self.delay
         body = await request.json()
         self.bodies.append(body)
         self._now += 1
@@ -130,10 +131,10 @@ class Server:
             content = hashlib.sha256(json.dumps([body["model"], body["messages"]]).encode()).hexdigest()
             before, self.asked[content] = self.asked[content], self.asked[content] + 1
             fault = self.fault(body, before) if self.fault else None
-            await asyncio.sleep(self.delay)
+            completion = self._completion(body, fault if isinstance(fault, dict) else {})
+            await asyncio.sleep(due - self._loop.time())  # what the server itself takes is part of the delay
             if isinstance(fault, web.Response):
                 return fault
-            completion = self._completion(body, fault if isinstance(fault, dict) else {})
             if fault == "drop":
                 response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "5000"})
                 await response.prepare(request)

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from helpers import (CallLog, check_events, compare_designs, correctness_report, grading_report, load_rows, pairwise_report, read_score,
                      resolve_orders, resolve_pairwise_events, with_intervals)
+from helpers.settings import SETTINGS
 from helpers.snapshots import DATA
 
 CORRECTNESS, PAIRWISE, SINGLE = FOLDERS = DATA / "correctness", DATA / "pairwise", DATA / "single_grading"
@@ -205,6 +206,11 @@ def test_readme_quotes_what_is_computed(judged, pairs, graded):
         report = pairwise_report(published, "gpt_4", ["ft_gpt_3p5", "gpt_3p5"], flipped=flipped)
         cells = [f"{line.agreements} of {line.compared}, {line.agreements} of 60" for line in report.itertuples()]
         assert quoted(shown, "published") == cells
+
+
+def test_readme_lists_every_setting():
+    listed = (ROOT / "README.md").read_text().split("<!-- settings -->")[1].split("\n\n")[1].splitlines()[2:]
+    assert listed == [f"| `{name}` | {f'`{default}`' if default else '–'} | {says} |" for name, (default, says) in SETTINGS.items()]
 
 
 def test_the_data_card_counts_right(judged, pairs, graded):

@@ -216,8 +216,8 @@ def test_the_progress_bar_tells_done_failed_and_cost(rows, tmp_path, monkeypatch
     monkeypatch.setattr("sys.__stderr__", shown)
     with Server(fault=lambda body, before: answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] else None) as server:
         judged(rows, tmp_path / "c.jsonl", server)
-        cost = paid(server) - paid(type("One", (), {"bodies": [body for body in server.bodies if "Question 5?" in body["messages"][-1]["content"]],
-                                                    "_completion": server._completion}))
+        server.bodies = [body for body in server.bodies if "Question 5?" not in body["messages"][-1]["content"]]
+        cost = paid(server)
     last = shown.getvalue().strip().splitlines()[-1].rsplit("\r")[-1]
     assert "judge: t: 100%" in last and "12/12" in last and f"1 failed, ${cost:.4f} so far" in last
 

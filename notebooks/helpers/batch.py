@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from .calls import fill
-from .costs import BATCH_PRICE
+from .costs import BATCH_PRICE, caps
 from .models import ask_and_block, openai_client, request_settings
 from .settings import LOCAL, STAND_IN, RunStopped, id_of, models_of, name_of, number
 from .snapshots import CallLog, load_rows, save_rows, write_text
@@ -72,7 +72,7 @@ def _setting_of(name: str, models: dict[str, str]) -> str:
 
 
 def _check_budget(log: CallLog, part: list[dict]) -> None:
-    calls, dollars = number("BUDGET_CALLS"), number("BUDGET_DOLLARS")
+    calls, dollars = caps()
     if not part:
         return
     if calls is not None and len(log) + len(part) > calls:

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Iterable
 
@@ -11,7 +12,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms import LLM, CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
 
-from .costs import BATCH, METER, Meter
+from .costs import BATCH, METER, Meter, caps
 from .models import ask, ask_and_block
 from .settings import RunStopped, name_of, number, terminal
 from .snapshots import STAGE, CallLog, DamagedFile, call_key, judge_mode, load_rows, make_row, request_id
@@ -84,9 +85,6 @@ class LoggedLLM(CustomLLM):
             self._live = self._live()
         return None
 
-    def _keep(self, call: dict, response: ChatResponse) -> dict:
-        tokens = [{token.token: token.logprob for token in alternatives} for alternatives in response.logprobs or []]
-        return _append(self._log, make_row(call, response.message.content or "", *_details(response.raw), _first_line(tokens)))
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -96,7 +94,9 @@ class LoggedLLM(CustomLLM):
         key, row, ledger = call_key(**call), None, self._log.ledger
         ledger.reserve(key, call)
         try:
-            row = self._keep(call, ask_and_block(lambda: self._live.chat(messages, **call["params"])))
+            response = ask_and_block(lambda: self._live.chat(messages, **call["params"]))
+            with _kept():
+                row = self._log.append(_row_of(call, response))
         finally:
             ledger.settle(key, row)
         ledger.use(row)
@@ -114,7 +114,9 @@ class LoggedLLM(CustomLLM):
                 return recorded
             await ledger.admit(key, call)
             try:
-                row = self._keep(call, await ask(lambda: self._live.achat(messages, **call["params"])))
+                response = await ask(lambda: self._live.achat(messages, **call["params"]))
+                with _kept():
+                    row = await self._log.append_soon(_row_of(call, response))
             finally:
                 ledger.settle(key, row)
                 ledger.asking.pop(key, None)
@@ -142,11 +144,17 @@ def _check_writable(log: CallLog) -> None:
         raise RunStopped(f"answers could not be kept, so none is asked for: {error}") from error
 
 
-def _append(log: CallLog, row: dict) -> dict:
+@contextmanager
+def _kept():
     try:
-        return log.append(row)
+        yield
     except (OSError, RuntimeError) as error:  # a full disk, another writer: what is asked next could not be kept either
         raise RunStopped(f"an answer could not be kept: {error}") from error
+
+
+def _row_of(call: dict, response: ChatResponse) -> dict:
+    tokens = [{token.token: token.logprob for token in alternatives} for alternatives in response.logprobs or []]
+    return make_row(call, response.message.content or "", *_details(response.raw), _first_line(tokens))
 
 
 def embed_through(log: CallLog, model: str, texts: list[str], ask_live: Callable[[list[str]], list[str]]) -> list[str]:
@@ -169,7 +177,8 @@ def embed_through(log: CallLog, model: str, texts: list[str], ask_live: Callable
                 log.ledger.reserve(keys[text], calls[text])
                 reserved.append(text)
             for text, answer in zip(new, ask_and_block(lambda: ask_live(new)), strict=True):
-                rows[text] = _append(log, make_row(calls[text], answer))
+                with _kept():
+                    rows[text] = log.append(make_row(calls[text], answer))
         finally:
             for text in reserved:
                 log.ledger.settle(keys[text], rows.get(text))
@@ -237,7 +246,7 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
             job.close()
         raise
     stopped: list[RunStopped] = []
-    meter = Meter()
+    meter = Meter(caps=caps())
 
     async def run(place: int, job: Awaitable):
         async with gate:

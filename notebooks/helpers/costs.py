@@ -29,12 +29,18 @@ BATCH, BATCH_PRICE = "batch", 0.5  # in a row's usage: it was answered by the Ba
 PROMPT_TOKENS = 4096
 
 
+def caps() -> tuple[float | None, float | None]:
+    """The budget: the most calls and the most dollars, None where there is no cap."""
+    return number("BUDGET_CALLS"), number("BUDGET_DOLLARS")
+
+
 @dataclass
 class Meter:
-    """For a stage's progress bar: how many calls failed, and what the log's calls have cost so far."""
+    """Of a stage, for its progress bar: how many calls failed, and what the log's calls have cost so far; and its budget."""
 
     failed: int = 0
     ledger: "Ledger | None" = None
+    caps: tuple | None = None  # as the stage found them
 
     def __str__(self) -> str:
         spent = f", ${self.ledger.spent():.4f}{' and what has no price' if self.ledger.unpriced else ''} so far" if self.ledger else ""
@@ -44,10 +50,11 @@ class Meter:
 METER = contextvars.ContextVar("meter", default=Meter())  # of the stage that is running
 
 
-def _given() -> dict[str, list[float]]:
+@lru_cache(maxsize=1)
+def _given(text: str) -> dict[str, list[float]]:
     """{model: its prices} as PRICES says: prompt, reply and perhaps training."""
     given = {}
-    for part in filter(None, map(str.strip, setting("PRICES").split(","))):
+    for part in filter(None, map(str.strip, text.split(","))):
         model, _, figures = part.rpartition("=")
         try:
             given[model.strip()] = [float(figure) for figure in figures.split("/")]
@@ -68,12 +75,13 @@ def _of_family(table: dict, model: str) -> Any:
 
 def price_of(model: str) -> tuple[float, float] | None:
     """Dollars per million tokens of prompt and of reply, None if they are not known; a model on this machine costs nothing."""
-    return (0.0, 0.0) if model.startswith("local:") else _of_family(PRICES | {name: tuple(given[:2]) for name, given in _given().items()}, model)
+    given = _given(setting("PRICES"))
+    return (0.0, 0.0) if model.startswith("local:") else _of_family(PRICES | {name: tuple(prices[:2]) for name, prices in given.items()}, model)
 
 
 def training_price_of(model: str) -> float | None:
     """Dollars per million tokens of training, None if it is not known."""
-    return _of_family(TRAINING_PRICES | {name: given[2] for name, given in _given().items() if len(given) == 3}, model)
+    return _of_family(TRAINING_PRICES | {name: given[2] for name, given in _given(setting("PRICES")).items() if len(given) == 3}, model)
 
 
 def priced_as(log: CallLog, name: str) -> str:
@@ -176,7 +184,7 @@ class Ledger:
 
     def refusal(self, key: str, call: dict) -> str | None:
         """Reserve a call's cost; or say why the budget does not allow it."""
-        calls, dollars = number("BUDGET_CALLS"), number("BUDGET_DOLLARS")
+        calls, dollars = METER.get().caps or caps()
         if calls is not None and len(self._log) + len(self._reserved) >= calls:
             return f"the budget of {calls:g} calls is used up (BUDGET_CALLS)"
         most = self.most(call) if dollars is not None else 0.0

@@ -27,7 +27,7 @@ SETTINGS = {
     "CONCURRENCY": ("16", "calls under way at once"),
     "BUDGET_CALLS": ("", "the most calls that a notebook's log may come to hold"),
     "BUDGET_DOLLARS": ("", "the most that the calls in a notebook's log may come to cost"),
-    "PRICES": ("", 'dollars per million tokens, prompt and reply: "my-model=0.15/0.60, other=0/0"'),
+    "PRICES": ("", 'dollars per million tokens of prompt, reply and, if it is to be fine-tuned, training: "my-model=0.15/0.60/3, other=0/0"'),
     "FINETUNING_HOURS": ("12", "the longest wait for a fine-tuning job"),
     "POLL_SECONDS": ("30", "between two looks at a fine-tuning job or a batch"),
 }

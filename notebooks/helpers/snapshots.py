@@ -4,6 +4,7 @@
 asks the live model, `collect` writes the request out, to be answered elsewhere and merged back by `fill`.
 """
 
+import asyncio
 import contextvars
 import hashlib
 import json
@@ -136,6 +137,8 @@ class CallLog:
         self.requests_path = self.path.with_name("requests.jsonl")
         self._index: dict[bytes, int] = {}  # key -> where its row begins
         self._end = self._size = 0  # where the good rows end, and the file (a torn line lies between)
+        self._unflushed: dict[bytes, int] = {}  # as _index, of rows that are written and not yet safely on disk
+        self._flushing: asyncio.Future | None = None
         self._joint = b""  # what the next row needs before it
         self._reader = self._writer = None
         self._collected: set[str] = set()
@@ -145,6 +148,7 @@ class CallLog:
         self.models = json.loads(self._names_path.read_text(encoding="utf-8")) if self._names_path.exists() else {}
         if self.path.exists():
             self._scan()
+        self._written = self._end
 
     def __len__(self) -> int:
         return len(self._index)
@@ -190,20 +194,52 @@ class CallLog:
 
     def append(self, row: dict) -> dict:
         """Put a row on disk. Returns what the log holds for its key: the older row, if there is one."""
+        if self._write(row):
+            self._flush()
+        return self.get(row["key"])
+
+    async def append_soon(self, row: dict) -> dict:
+        """As `append`, from an event loop: rows that come while the disk is busy share the next flush."""
+        if self._write(row):
+            while bytes.fromhex(row["key"]) not in self._index:
+                if self._flushing is None or self._flushing.done():
+                    self._flushing = asyncio.get_running_loop().run_in_executor(None, self._flush)
+                await asyncio.shield(self._flushing)  # the flush is for others too
+        return self.get(row["key"])
+
+    def _write(self, row: dict) -> bool:
+        """Hand a row to the operating system, at the end of what is written; False if the log has its key."""
         key, line = bytes.fromhex(row["key"]), json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with self._lock:
             if key in self._index:
-                return self.get(row["key"])
-            file = self.open_to_write()
-            file.seek(self._end)
-            file.truncate()  # cuts off a torn line, or what a full disk left of the last attempt
-            file.write(self._joint + line)
-            file.flush()
+                return False
+            if key not in self._unflushed:
+                file = self.open_to_write()
+                file.seek(self._written)
+                file.truncate()  # cuts off a torn line, or what a full disk left of the last attempt
+                file.write(self._joint + line)
+                file.flush()
+                self._unflushed[key] = self._written + len(self._joint)
+                self._written = self._unflushed[key] + len(line)
+                self._joint = b""
+        return True
+
+    def _flush(self) -> None:
+        """Wait until all that was written is on disk; only then it is held. It runs to its end in a thread, whoever is interrupted."""
+        with self._lock:
+            batch, end, file = dict(self._unflushed), self._written, self._writer
+        try:
             os.fsync(file.fileno())
-            self._index[key] = self._end + len(self._joint)
-            self._end = self._size = self._index[key] + len(line)
-            self._joint = b""
-        return row
+        except OSError:
+            with self._lock:
+                self._unflushed.clear()
+                self._written = self._end
+            raise
+        with self._lock:
+            self._index.update(batch)
+            self._end = self._size = max(end, self._end)
+            for key in batch:
+                self._unflushed.pop(key, None)
 
     def open_to_write(self):
         """The file, open for this process alone. A run that records calls it before it asks for what it could not keep.
