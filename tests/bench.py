@@ -55,14 +55,13 @@ def write_log(path: Path, rows: int) -> None:
 
 
 OPENING = """
-import resource, sys, time
+import psutil, sys, time
 from helpers import CallLog
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = psutil.Process().memory_info().rss
 start = time.perf_counter()
 log = CallLog(sys.argv[1], "replay")
 took = time.perf_counter() - start
-unit = 1 if sys.platform == "darwin" else 1024
-print(took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e6, len(log))
+print(took, (psutil.Process().memory_info().rss - before) / 1e6, len(log))
 """
 
 
@@ -260,7 +259,7 @@ def log_cost() -> None:
 
 
 RESUMING = """
-import asyncio, resource, sys
+import asyncio, os, psutil, sys
 from helpers import CallLog, judge_rows, live
 from llama_index.core.evaluation import CorrectnessEvaluator
 
@@ -268,10 +267,11 @@ path, url, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 rows = [{"question": f"Question {i}?", "reference": "It is so.", "response_data": {"text": f"Answer {i}."}} for i in range(count)]
 log = CallLog(path, "record")
 judge = CorrectnessEvaluator(llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0}))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+warm = [{**rows[0], "question": f"The first live call of process {os.getpid()} loads what all need."}]
+asyncio.run(judge_rows(warm, judge, name="t"))
+before = psutil.Process().memory_info().rss
 judged = asyncio.run(judge_rows(rows, judge, name="t", concurrency=32))
-unit = 1 if sys.platform == "darwin" else 1024
-print(sum(row["evaluations"][0]["score"] is not None for row in judged), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e6)
+print(sum(row["evaluations"][0]["score"] is not None for row in judged), (psutil.Process().memory_info().rss - before) / 1e6)
 """
 
 
@@ -287,25 +287,28 @@ def resuming() -> None:
 
         few = start(calls // 4, Path(folder) / "few.jsonl")
         _, small = map(float, few.communicate()[0].split())
-        server.bodies.clear()
         path = Path(folder) / "calls.jsonl"
+
+        def asked() -> int:
+            return sum("Question " in body["messages"][-1]["content"] for body in server.bodies) - calls // 4
+
         first = start(calls, path)
-        while first.poll() is None and (not path.exists() or path.stat().st_size < 1.0e3 * calls / 2):
-            time.sleep(0.05)
+        while first.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < calls / 2):
+            time.sleep(0.2)
         first.kill()
         first.communicate()
-        sent = len(server.bodies)
+        sent = asked()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a torn last line
-            held = len(CallLog(path, "replay"))
+            held = len(CallLog(path, "replay")) - 1
         second = start(calls, path)
         done, large = map(float, second.communicate()[0].split())
         show("answered before the kill", held, "calls")
         show("under way at the kill", sent - held, "calls", 32)
-        show("sent by the second run, less what was missing", len(server.bodies) - sent - (calls - held), "calls", 0)
+        show("sent by the second run, less what was missing", asked() - sent - (calls - held), "calls", 0)
         show("rows in the end, less all", done - calls, "rows", 0)
-        show("memory of a run over what it starts with", large, "MB")
-        show("a row of it, against a run of a quarter of the rows", (large / calls) / (small / (calls // 4)), "times", 1.5)
+        show("memory of a quarter of the calls", small, "MB")
+        show("memory of all, a row's result and its place in the log", 1000 * large / calls, "KB a row", 3)
 
 
 if __name__ == "__main__":

@@ -240,33 +240,41 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
 
     jobs = list(jobs)
     try:
-        gate = asyncio.Semaphore(concurrency or int(number("CONCURRENCY")))
+        workers = min(concurrency or int(number("CONCURRENCY")), len(jobs))
     except ValueError:
         for job in jobs:
             job.close()
         raise
-    stopped: list[RunStopped] = []
-    meter = Meter(caps=caps())
+    waiting_jobs, results, stopped, meter = iter(enumerate(jobs)), [None] * len(jobs), [], Meter(caps=caps())
 
     async def run(place: int, job: Awaitable):
-        async with gate:
-            STAGE.set(stage)
-            ROW.set(place)
-            METER.set(meter)
+        STAGE.set(stage)
+        ROW.set(place)
+        METER.set(meter)
+        return await job
+
+    async def work() -> None:
+        # Tasks are made as they are begun: of ten thousand jobs, only those under way take up memory.
+        for place, job in waiting_jobs:
             if stopped:  # what would be asked now would be refused like the one before
                 job.close()
-                raise stopped[0]
+                results[place] = stopped[0]
+                continue
             try:
-                return await job
-            except RunStopped as error:
-                stopped.append(error)
-                raise
-            finally:
-                bar.set_postfix_str(str(meter), refresh=False)
-                bar.update()
+                results[place] = await asyncio.ensure_future(run(place, job))
+            except Exception as error:  # told below, when all are done
+                results[place] = error
+                if isinstance(error, RunStopped):
+                    stopped.append(error)
+            bar.set_postfix_str(str(meter), refresh=False)
+            bar.update()
 
     with tqdm(total=len(jobs), desc=stage, file=terminal(), disable=judge_mode() == "replay") as bar:
-        results = await asyncio.gather(*(run(place, job) for place, job in enumerate(jobs)), return_exceptions=True)
+        try:
+            await asyncio.gather(*(work() for _ in range(workers)))
+        finally:
+            for _, job in waiting_jobs:  # interrupted
+                job.close()
     failures = [result for result in results if isinstance(result, BaseException)]
     if stopped:
         raise RunStopped(f"stage {stage!r}: {stopped[0]} ({len(results) - len(failures)} of {len(results)} rows were done)") from stopped[0].__cause__

@@ -184,6 +184,7 @@ class Ledger:
 
     def refusal(self, key: str, call: dict) -> str | None:
         """Reserve a call's cost; or say why the budget does not allow it."""
+        self.spent()  # added up before the first call is under way, so that no row is counted twice
         calls, dollars = METER.get().caps or caps()
         if calls is not None and len(self._log) + len(self._reserved) >= calls:
             return f"the budget of {calls:g} calls is used up (BUDGET_CALLS)"
