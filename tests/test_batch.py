@@ -3,11 +3,14 @@
 import asyncio
 import json
 
+import nbformat
 import pytest
+from conftest import ROOT
+from helpers import __main__ as command
 from helpers import CallLog, Collected, RunStopped, cost_table, judge_rows, live, load_rows
 from helpers.batch import answer_requests
 from helpers.models import MAX_TOKENS
-from llama_index.core.evaluation import CorrectnessEvaluator
+from llama_index.core.evaluation import CorrectnessEvaluator, PairwiseComparisonEvaluator
 from server import Server, answer
 
 CREATED = ("POST", "/v1/batches")
@@ -155,6 +158,45 @@ def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
     assert not server.requests
     monkeypatch.setenv("BUDGET_CALLS", "12")
     assert answer_requests(log) == []
+
+
+def test_both_orders_of_a_pair_go_out_together(path, server):
+    rows = [{"question": f"Which? {i}", "source": "So.", "answers": [{"text": "This."}, {"text": f"That {i}."}]} for i in range(5)]
+
+    def judged_pairs():
+        judge = PairwiseComparisonEvaluator(llm=CallLog(path).llm("gpt-4.1", live("gpt-4.1")))
+        return asyncio.run(judge_rows(rows, judge, name="t"))
+
+    with pytest.raises(Collected, match="5 of 5 rows wait"):
+        judged_pairs()
+    log = CallLog(path)
+    assert len(load_rows(log.requests_path)) == 10 and answer_requests(log) == []
+    log.close()
+    assert all("invalid" not in row["evaluations"][0] for row in judged_pairs()) and len(server.batches) == 1
+
+
+def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkeypatch, capsys):
+    code = ["from helpers import CallLog, judge_rows, live, load_rows, models_of, name_of, snapshot_folder",
+            "snapshot = snapshot_folder('correctness')", "TEACHER = models_of(snapshot)['teacher']", "log = CallLog(snapshot / 'calls.jsonl')",
+            "from llama_index.core.evaluation import CorrectnessEvaluator",
+            "rows = [{'question': f'Why {i}?', 'reference': 'So.', 'response_data': {'text': 'So.'}} for i in range(4)]",
+            "for sample in (0, 1):",
+            "    judge = CorrectnessEvaluator(llm=log.llm(TEACHER, live(TEACHER), params={'temperature': 0}, sample=sample))",
+            "    rows = await judge_rows(rows, judge, name=f't{sample}')", "len(rows[0]['evaluations'])"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(code))])
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks" / "01_correctness.ipynb")
+    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "notebooks"))
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path / "mine"))
+    assert command.run_in_batches(["01_correctness"]) == 0
+    assert len(server.batches) == 2 and len(load_rows(tmp_path / "mine" / "correctness" / "calls.jsonl")) == 8
+    assert nbformat.read(tmp_path / "mine" / "01_correctness.ipynb", 4).cells[0].outputs[-1]["data"]["text/plain"] == "2"
+    server.fault = lambda body, before: answer(400, "No.")
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path / "other"))
+    assert command.run_in_batches(["01_correctness"]) == 1
+    said = capsys.readouterr()
+    assert "4 answers added, 8 in all" in said.out and "the batch answered none of its requests" in said.err and "make fill" not in said.err
 
 
 def test_models_without_a_batch_api_are_named(rows, path, monkeypatch):

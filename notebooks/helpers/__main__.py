@@ -42,8 +42,9 @@ def _pages() -> Path:
     return folder
 
 
-def _execute(path: Path, environment: dict, target: Path):
+def _execute(path: Path, environment: dict, target: Path, quietly: bool = False):
     """Execute a notebook from a clean kernel and write it to `target`, and its page (see `_pages`): (the notebook, what stopped it).
+    What stopped it is printed, but `quietly` not that calls were collected.
 
     A snapshot of finished rows only, such as the published run, has no log to replay: cells tagged "calls" are left out then.
     """
@@ -61,7 +62,8 @@ def _execute(path: Path, environment: dict, target: Path):
         NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}},
                        extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute(env=environment | {"PROGRESS": "terminal"})
     except CellExecutionError as error:
-        print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
+        if not quietly or error.ename != "Collected":
+            print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
         return notebook, error
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which differ in each run
@@ -117,7 +119,7 @@ def run_in_batches(names: list[str]) -> int:
     """Run notebooks stage by stage: what a stage has to ask goes to the Batch API, and its answers into the log."""
     for path in _paths(names):
         while True:  # each round but the last adds answers, or ends here
-            _, error = _execute(path, dict(os.environ), _pages() / path.name)
+            _, error = _execute(path, dict(os.environ), _pages() / path.name, quietly=True)
             if error is None:
                 break
             if error.ename != "Collected":
@@ -129,6 +131,8 @@ def run_in_batches(names: list[str]) -> int:
             except (RunStopped, CallFailed) as stopped:
                 print(f"{path.name}: stopped: {stopped}", file=sys.stderr)
                 return 1
+            finally:
+                log.close()  # the notebook writes to it next
             print(f"{path.name}: {len(log) - before} answers added, {len(log)} in all", flush=True)
             for line in wrong:
                 print(line, file=sys.stderr)

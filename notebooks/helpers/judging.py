@@ -4,7 +4,7 @@ import copy
 
 from llama_index.core.evaluation import BaseEvaluator, CorrectnessEvaluator, EvaluationResult, PairwiseComparisonEvaluator
 
-from .calls import FINISH, run_stage
+from .calls import FINISH, NotAnswered, run_stage
 from .grading import SingleGradingEvaluator
 from .models import CallFailed
 from .replies import read_score, read_verdict
@@ -89,7 +89,7 @@ async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: s
     evaluator._enforce_consensus = False  # an order at a time: so each order's verdict is kept, and the second is always asked
     evaluator._parser_function = lambda reply: (None, 0.5, "")  # the reply comes back as it is, to be read here
     first, second = (answer["text"] for answer in row["answers"])
-    replies, reasons = [], []
+    replies, reasons, waiting = [], [], None
     for order, (one, other) in (("original", (first, second)), ("flipped", (second, first))):
         try:
             result = await evaluator.aevaluate(query=row["question"], response=one, second_response=other, reference=row["source"])
@@ -98,6 +98,10 @@ async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: s
         except CallFailed as error:
             replies.append(None)
             reasons.append(f"the call failed: {error}")
+        except NotAnswered as error:  # collected; the other order's request goes out with it
+            waiting = error
+    if waiting:
+        raise waiting
     verdicts = [None if reason else read_verdict(reply)[0] for reply, reason in zip(replies, reasons)]
     if None in verdicts:
         invalid = "; ".join(f"{order}: {reason}" for order, reason in zip(("original", "flipped"), reasons) if reason)

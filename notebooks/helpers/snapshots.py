@@ -266,6 +266,13 @@ class CallLog:
             self._writer = _writers[self.path.resolve()] = file
         return self._writer
 
+    def close(self) -> None:
+        """Let another process write to the log."""
+        with self._lock:
+            for file in filter(None, (self._reader, self._writer)):
+                file.close()
+            self._reader = None
+
     def collect(self, call: dict) -> None:
         """Write a call to `requests.jsonl`, in the request format of the OpenAI Batch API."""
         key = call_key(**call)
