@@ -33,9 +33,6 @@ collect: .venv/installed ## write out the next stage's calls, to be answered els
 batch: .venv/installed ## as record, through OpenAI's Batch API: half the price, within a day a stage; interrupted, it is picked up again
 	@JUDGE_MODE=collect $(BIN)/python -m helpers batch $(NOTEBOOK)
 
-batch: .venv/installed ## as record, through OpenAI's Batch API: half the price, within a day a stage; interrupted, it is picked up again
-	@JUDGE_MODE=collect $(BIN)/python -m helpers batch $(NOTEBOOK)
-
 fill: .venv/installed ## merge answers into a log: make fill LOG=data/recorded/correctness/calls.jsonl RESULTS=results.jsonl
 	@$(BIN)/python -m helpers fill $(LOG) $(RESULTS)
 

@@ -75,6 +75,7 @@ class Server:
             app = web.Application(client_max_size=2**28, middlewares=[self._count])
             app.add_routes([web.post("/v1/chat/completions", self._chat), web.post("/v1/embeddings", self._embeddings),
                             web.get("/v1/models", self._models), web.get("/v1/models/{id:.+}", self._model),
+                            web.get("/api/models/{id:.+}", self._model),  # Hugging Face's
                             web.post("/v1/files", self._upload), web.get("/v1/files/{id}", self._file),
                             web.get("/v1/files/{id}/content", self._content),
                             web.post("/v1/fine_tuning/jobs", self._start_job), web.get("/v1/fine_tuning/jobs", self._all_jobs),

@@ -202,6 +202,15 @@ def test_the_check_tells_a_bad_key_from_a_server_that_lists_no_models(status, sa
     assert "APIConnectionError" in unreachable(model), "the server is gone"
 
 
+def test_hugging_face_is_asked_for_its_models(monkeypatch):
+    assert "no key for 'hf:org/m': set HF_TOKEN" in unreachable("hf:org/m@http://me:pass@127.0.0.1:1/v1")
+    monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
+    with Server(models=("org/m",)) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url.removesuffix("/v1"))
+        assert unreachable("hf:org/m") == "" and "there is no such model" in unreachable("hf:org/other")
+        assert ("GET", "/api/models/org/m") in server.requests
+
+
 def test_a_hosted_student_is_in_the_bill(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_MODE", "replay")
     played = models_of(tmp_path) | {"student": "gpt-4.1"}

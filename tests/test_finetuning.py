@@ -7,6 +7,7 @@ import pytest
 from fake import FakeLive
 from helpers import (CallLog, DamagedFile, LocalFinetuneEngine, check_events, count_tokens, finetuning_events, judge_rows,
                      load_rows, save_events, training_cost)
+from helpers.finetuning import majority
 from helpers.snapshots import DATA
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.evaluation import CorrectnessEvaluator
@@ -95,3 +96,9 @@ def test_the_engine_has_the_face_of_openai_s(tmp_path, rows):
     assert all(1 <= row["evaluations"][0]["score"] <= 5 for row in done)
     with pytest.raises(ValueError, match="'gpt-4'"):
         LocalFinetuneEngine("gpt-4", tmp_path / "x.jsonl")
+
+
+def test_contradicting_verdicts_on_one_prompt_are_a_tie():
+    """As when two answers are the same, and both orders are kept."""
+    assert majority({"A": 0.5, "B": 0.5}) == "C" == majority({"C": 1.0}) and majority({"A": 1 / 3, "B": 2 / 3}) == "B"
+    assert majority({"C": 0.4, "A": 0.4, "B": 0.2}) == "C"

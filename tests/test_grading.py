@@ -11,7 +11,7 @@ from helpers import (CallLog, Collected, DamagedFile, ExtractiveAnswerer, LocalF
                      Student, answer_in_context, compare_designs, compare_graders, correctness_report, fill, finetuning_events,
                      grading_report, items_of, judge_rows, load_rows, pool_samples, probabilities_of, read_prompt, read_score,
                      read_score_tokens, readable_events, save_events, save_rows, score_distribution, scores_of, untrained_judges)
-from helpers import datasets, embeddings, metrics
+from helpers import datasets, embeddings, live, metrics
 from helpers import student as student_module
 from helpers.grade_metrics import GRADES
 from helpers.grading import lower_median
@@ -290,9 +290,8 @@ def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
     assert [row["response_data"]["text"] for row in again] == [row["response_data"]["text"] for row in extracted]
 
 
-def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path):
+def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path, monkeypatch):
     """A real HuggingFaceLLM, with a tiny random model: what it says is nonsense, and it is logged and replayed."""
-    from llama_index.llms.huggingface import HuggingFaceLLM
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -301,12 +300,15 @@ def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>", eos_token="<unk>")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), n_positions=512, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), n_positions=4096, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
                                        eos_token_id=0))
-    live = HuggingFaceLLM(model=model, tokenizer=tokenizer, context_window=512, max_new_tokens=5, is_chat_model=False)
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr("helpers.models.MAX_TOKENS", 5)
     pairs = [{"question": "Who was it?", "context": CONTEXT}]
-    recorded = asyncio.run(answer_in_context(pairs, [("tiny", CallLog(tmp_path / "c.jsonl", "record").llm("tiny", live))]))
-    replayed = asyncio.run(answer_in_context(pairs, [("tiny", CallLog(tmp_path / "c.jsonl", "replay").llm("tiny"))]))
+    llm = CallLog(tmp_path / "c.jsonl", "record").llm("tiny", live(f"local:{tmp_path / 'tiny'}"), params={"temperature": 0.7})
+    recorded = asyncio.run(answer_in_context(pairs, [("tiny", llm)]))
+    replayed = asyncio.run(answer_in_context(pairs, [("tiny", CallLog(tmp_path / "c.jsonl", "replay").llm("tiny", params={"temperature": 0.7}))]))
     assert recorded == replayed and len(load_rows(tmp_path / "c.jsonl")) == 1
 
 
@@ -338,7 +340,9 @@ def test_the_figures_are_those_of_scikit_learn():
 def test_undefined_figures_are_nan(recwarn):
     report = grading_report(scored([0.5] * 8, s=[0.4] * 8), "t", ["s"]).loc["s"]
     assert np.isnan(report[["correlation", "precision", "recall", "kappa", "auc"]].astype(float)).all()
-    assert report["accuracy"] == 1 and report["mae"] == pytest.approx(0.1) and not recwarn.list
+    assert report["accuracy"] == 1 and report["mae"] == pytest.approx(0.1)
+    # A connection of an earlier test may be collected, and complain, just now.
+    assert not [warning for warning in recwarn.list if warning.category is not ResourceWarning]
 
 
 def test_graders_are_compared_on_the_same_rows():

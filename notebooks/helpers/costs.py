@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ PRICED_AS = {"stand-in-teacher": "gpt-4.1", "stand-in-question-writer": "gpt-4.1
 BATCH, BATCH_PRICE = "batch", 0.5  # in a row's usage: it was answered by the Batch API; its share of the price
 # The longest prompt that the notebooks make: three texts of MAX_TOKENS at most, or a chunk or two of 256, and the instructions.
 PROMPT_TOKENS = 4096
+MARGIN = 1.25  # what another tokenizer may make of a prompt, over ours
 
 
 def caps() -> tuple[float | None, float | None]:
@@ -180,7 +182,8 @@ class Ledger:
 
     def most(self, call: dict) -> float:
         """Dollars that a call can cost at most."""
-        return _dollars(self._price(call["model"]), prompt_tokens(call), reply_cap(priced_as(self._log, call["model"])))
+        model, price = priced_as(self._log, call["model"]), self._price(call["model"])
+        return _dollars(price, math.ceil(MARGIN * prompt_tokens(call)), reply_cap(model))
 
     def refusal(self, key: str, call: dict) -> str | None:
         """Reserve a call's cost; or say why the budget does not allow it."""
@@ -246,7 +249,7 @@ def cost_table(log: CallLog) -> pd.DataFrame:
     """What the calls of this run cost when they were recorded, by stage and model; the last line is their sum.
 
     Columns: calls; prompt and reply tokens, and whether the provider reported or the project counted them; the model whose price was
-    taken (`prices`), and dollars, NaN where no price is known. A row is counted in the first stage that used it; what the log holds
+    taken, and dollars, NaN where no price is known. A row is counted in the first stage that used it; what the log holds
     besides (recorded by an earlier form of the run) has a line of its own.
     """
     stage_of = {key: place for place, keys in log.ledger.used.items() for key in keys}

@@ -161,6 +161,12 @@ class LocalJob:
     verdicts: list
 
 
+def majority(distribution: dict[str, float]) -> str:
+    """The likeliest verdict; of several that are equally likely, a tie."""
+    likeliest = [verdict for verdict, p in distribution.items() if p == max(distribution.values())]
+    return likeliest[0] if len(likeliest) == 1 else "C"
+
+
 class LocalFinetuneEngine:
     """Trains the local student on a fine-tuning file; the face of llama-index-finetuning's OpenAIFinetuneEngine.
 
@@ -168,7 +174,7 @@ class LocalFinetuneEngine:
         base_model: "minilm", the one encoder there is.
         data_path: the JSONL that would be uploaded to OpenAI.
         alpha, temperature: of the loss (see `distillation_loss`). Where a prompt stands in the file more than once, as it does if
-            the teacher was sampled several times, the replies are its distribution, and their lower median is the hard label.
+            the teacher was sampled several times, the replies are its distribution; the hard label is their lower median, or the verdict of most (`majority`).
         scale: the ends of the teacher's scale, where it gave scores.
     """
 
@@ -197,7 +203,7 @@ class LocalFinetuneEngine:
             except ValueError as error:
                 raise DamagedFile(f"{self.data_path}, line {number}: {error}") from error
         soft = [{label: said.count(label) / len(said) for label in said} for said in samples.values()]
-        hard = [lower_median(distribution) for distribution in soft]
+        hard = [(majority if pairs else lower_median)(distribution) for distribution in soft]
         self.student = (PairStudent if pairs else Student).fit(list(samples), hard, soft, self.alpha, self.temperature)
         self._job = LocalJob("succeeded", "minilm", Path(self.data_path).name, len(events), self.student.kinds, self.student.labels.tolist())
 

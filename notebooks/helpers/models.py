@@ -14,7 +14,7 @@ from llama_index.core.llms import LLM, LLMMetadata
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
-from .settings import KEYS, LOCAL, ROLES, STAND_IN, RunStopped, base_url, name_of, setting
+from .settings import KEYS, LOCAL, ROLES, STAND_IN, RunStopped, base_url, id_of, name_of, setting
 
 ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds; doubled each time: in all at least 15, enough for a server that restarts
@@ -33,11 +33,14 @@ class CallFailed(RuntimeError):
 
 
 def access(model: str) -> tuple[str | None, str]:
-    """(base URL or None for OpenAI's own, key) of a model behind OpenAI's API or one compatible with it."""
+    """(base URL or None for the provider's own, key) of a hosted model."""
     if model.startswith(STAND_IN):
         raise RunStopped(f"{model!r} is the name of recorded calls, not of a model: set {', '.join(list(ROLES.values())[:3])} (README.md, "
                          "'Going live')")
-    if own := model.partition("@")[2]:
+    own = model.partition("@")[2]
+    if model.startswith("hf:"):
+        return own or None, _key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model)
+    if own:
         return own, setting("OPENAI_API_KEY") or "none"  # a server of one's own wants no key, but the client wants one to send
     return base_url(), _key("OPENAI_API_KEY", model=model)
 
@@ -74,9 +77,8 @@ def live(model: str) -> Callable[[], LLM]:
 
             return HuggingFaceLLM(model_name=name_of(model), tokenizer_name=name_of(model), max_new_tokens=MAX_TOKENS)
         if model.startswith("hf:"):
-            token = _key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model)
-            served_at = model.partition("@")[2]
-            return _inference_class()(model_name=served_at or name_of(model), token=token, num_output=MAX_TOKENS, timeout=TIMEOUT)
+            url, token = access(model)
+            return _inference_class()(model_name=url or name_of(model), token=token, num_output=MAX_TOKENS, timeout=TIMEOUT)
         url, key = access(model)
         return _endpoint_class()(model=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0)
 
@@ -103,7 +105,7 @@ def unreachable(model: str) -> str:
         if model.startswith("hf:") and "@" not in model:
             from huggingface_hub import HfApi
 
-            hub = HfApi(token=_key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model))
+            hub = HfApi(token=access(model)[1])
             ask_and_block(lambda: hub.model_info(name_of(model)))
             return ""
         client = openai_client(model)
@@ -114,7 +116,7 @@ def unreachable(model: str) -> str:
                 if error.status != 404:
                     raise
                 known = _listed(client)
-                return f"{client.base_url} does not have it, but {', '.join(known[:8])}" if known and name_of(model) not in known else ""
+                return f"{redact(str(client.base_url))} does not have it, but {', '.join(known[:8])}" if known and name_of(model) not in known else ""
     except (RunStopped, CallFailed) as error:
         return str(error)
     return ""
@@ -134,7 +136,7 @@ def _key(*names: str, model: str = "") -> str:
     for name in names:
         if value := setting(name):
             return value
-    raise RunStopped(f"no key for {model!r}: set {names[0]} in the environment or in .env")
+    raise RunStopped(f"no key for {id_of(model)!r}: set {names[0]} in the environment or in .env")
 
 
 def _endpoint_class():
