@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 from helpers import __main__ as command
-from helpers import CallLog, Collected, RunStopped, cost_table, judge_rows, live, load_rows
+from helpers import CallFailed, CallLog, Collected, RunStopped, cost_table, judge_rows, live, load_rows
 from helpers.batch import answer_requests
 from helpers.models import MAX_TOKENS
 from llama_index.core.evaluation import CorrectnessEvaluator, PairwiseComparisonEvaluator
@@ -145,6 +145,58 @@ def test_a_batch_that_fails_says_why_and_the_next_run_starts_anew(rows, path, se
 def test_a_batch_is_started_once_whatever_becomes_of_the_reply(rows, path, server):
     server.gate = lambda method, path, before: "lost" if (method, path) == CREATED and before == 0 else None
     assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 1 and len(server.bodies) == 12
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_batch_is_paid_once_wherever_the_run_is_interrupted(rows, path, server, lists):
+    """The reply to its start is lost, and then the service is gone; or it is gone before the start."""
+    def gate(method, path, before):
+        if (method, path) == CREATED and lists:
+            return "lost" if before == 0 else None
+        return answer(503, "Sorry") if path == CREATED[1] else None
+
+    server.gate = gate if not lists else lambda method, path, before: gate(method, path, before) or (
+        answer(503, "Sorry") if (method, path) == ("GET", CREATED[1]) else None)
+    with pytest.raises(CallFailed):
+        answer_requests(collected(rows, path))
+    server.gate = None
+    assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 1 and len(server.bodies) == 12
+
+
+def test_a_service_that_is_gone_while_we_wait_is_looked_for_again(rows, path, server, capsys):
+    server.gate = lambda method, path, before: answer(503, "Sorry") if "batch_1" in path and before < 8 else None
+    assert answer_requests(collected(rows, path)) == [] and "not seen (InternalServerError" in capsys.readouterr().out
+
+
+def test_a_batch_of_another_account_is_named_with_its_note(rows, path, server, monkeypatch):
+    log = collected(rows, path)
+    with monkeypatch.context() as patch:
+        patch.setattr("helpers.batch.time.sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            answer_requests(log)
+    server.batches.clear()
+    with pytest.raises(RunStopped, match="batch_1 is not known to this account. Delete .*batches.json"):
+        answer_requests(collected(rows, path))
+    log.close()
+    # Meanwhile a live run would ask the same calls again.
+    monkeypatch.setenv("JUDGE_MODE", "record")
+    with pytest.raises(RunStopped, match="batches are under way, which ask the same calls; `make batch` picks them up"):
+        judged(rows, path, model=f"gpt-4.1@{server.url}")
+    assert not server.bodies
+
+
+def test_odd_line_ends_and_refusals_in_a_batch_s_results(rows, path, server, monkeypatch):
+    server.reply = lambda messages: "4.0\nIt is\u2028so\x0band so."
+    server.fault = lambda body, before: {"content": None, "refusal": "No."} if "Question 3?" in body["messages"][-1]["content"] else None
+    keep = server._keep
+    server._keep = lambda content, purpose: keep("".join(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in content.splitlines())
+                                                .encode() + b"not json\n" if purpose == "batch_output" else content, purpose)
+    [wrong] = answer_requests(log := collected(rows, path))
+    assert "a line that is no result" in wrong and len(log) == 12
+    log.close()
+    done = judged(rows, path)
+    assert [row["evaluations"][0].get("invalid") for row in done if row["question"] == "Question 3?"] == ["empty reply"]
+    assert sum(row["evaluations"][0]["score"] == 4 for row in done) == 11
 
 
 def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):

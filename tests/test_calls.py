@@ -239,7 +239,8 @@ def test_fill_keeps_the_good_and_lists_the_rest(collected, path, tmp_path):
     results[2] = {"custom_id": ids[2], "response": None, "error": {"code": "server_error", "message": "boom"}}
     results[3]["response"]["status_code"] = 429
     results[4]["response"]["body"]["choices"] = []
-    results[5]["response"]["body"]["choices"][0]["message"]["content"] = None
+    results[5]["response"]["body"]["choices"][0]["message"]["content"] = 5
+    results[8]["response"]["body"]["choices"][0]["message"]["content"] = None  # a refusal: it was paid for, and is an empty reply
     results += [json.loads(json.dumps(results[6])), "not json", {"no": "id"}]
     write(tmp_path / "results.jsonl", results)
     wrong = "\n".join(fill(collected, tmp_path / "results.jsonl"))
@@ -248,9 +249,10 @@ def test_fill_keeps_the_good_and_lists_the_rest(collected, path, tmp_path):
                  "line 5: not a result", "line 6: not a result", f"line 13: {ids[6]}: answered 2 times", "line 14: not a result",
                  "line 15: not a result", f"{ids[1]}: no result", f"{ids[4]}: no result"):
         assert said in wrong, f"{said!r} is not in:\n{wrong}"
-    assert f"{ids[7]}" not in wrong
+    assert f"{ids[7]}" not in wrong and ids[8] not in wrong and load_rows(path)[-4]["response"] == ""
     # A second file with the rest mends it; one that contradicts the log does not change it.
     later = results_of(requests)
+    later[8]["response"]["body"]["choices"][0]["message"]["content"] = None
     later[7]["response"]["body"]["choices"][0]["message"]["content"] = "1\nChanged my mind."
     write(tmp_path / "later.jsonl", later)
     assert fill(collected, tmp_path / "later.jsonl") == [f"{tmp_path / 'later.jsonl'}, line 8: {ids[7]}: the log holds another "
@@ -314,3 +316,73 @@ def test_the_real_openai_client_records_and_replays(path, rows, monkeypatch):
 def test_key_and_row_agree():
     call = {"model": "m", "messages": [], "params": {}, "sample": 0}
     assert make_row(call, "r")["key"] == call_key(**call)
+
+
+def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing_twice(path, rows, monkeypatch):
+    """Rows that were written while a flush was under way, and whose tasks were cancelled before the next."""
+    log, live = CallLog(path, "record"), FakeLive()
+    many = [{**row, "question": f"{row['question']} {i}"} for i in range(3) for row in rows]
+
+    def slow(file):
+        time.sleep(0.05)
+
+    async def interrupted():
+        task = asyncio.ensure_future(judge_rows(many, CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0})), name="t"))
+        while live.count < 12:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await judge_rows(many, CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0})), name="t")
+
+    monkeypatch.setattr("os.fsync", slow)
+    done = asyncio.run(interrupted())
+    written = load_rows(path)
+    assert live.count == len(many) == len(written) == len({row["key"] for row in written}) == len(log)
+    assert all(row["evaluations"][0]["score"] for row in done)
+
+
+def test_a_flush_that_fails_once_loses_no_row_in_silence_and_blocks_none(path, monkeypatch):
+    log, real, calls = CallLog(path, "record"), os.fsync, []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        time.sleep(0.01)
+        real(file)
+
+    def row(i):
+        return make_row({"model": "m", "messages": [], "params": {}, "sample": i}, f"reply {i}")
+
+    async def go():
+        soon = [asyncio.ensure_future(log.append_soon(row(i))) for i in range(6)]
+        await asyncio.sleep(0)
+        for i in range(6, 9):
+            try:
+                log.append(row(i))
+            except OSError:
+                pass
+            await asyncio.sleep(0.005)
+        return await asyncio.wait_for(asyncio.gather(*soon, return_exceptions=True), 5)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    outcomes = asyncio.run(go())
+    held = {one["sample"] for one in load_rows(path)}
+    assert held == {one["sample"] for one in log.rows()} and len(log) == len(held)
+    for i, outcome in enumerate(outcomes):
+        assert (i in held) == (not isinstance(outcome, OSError)), "a row that is not kept must be said"
+
+
+def test_equal_calls_go_one_by_one_even_after_a_failure(path, rows):
+    class FailsFirst(FakeLive):
+        async def achat(self, messages, **kwargs):
+            response = self.chat(messages)
+            await asyncio.sleep(0.02)
+            if self.count == 1:
+                raise ValueError("a bad request")
+            return response
+
+    live = FailsFirst()
+    done, _ = judged([rows[0]] * 10, CallLog(path, "record"), live)
+    assert live.count == 2 and sum("invalid" in row["evaluations"][0] for row in done) == 1 and len(load_rows(path)) == 1

@@ -161,6 +161,71 @@ def test_students_are_started_once_picked_up_and_replayed(chats, tmp_path, rows,
         hosted_students("gpt-4.1-mini", chats, CallLog(tmp_path / "other" / "calls.jsonl"))
 
 
+@pytest.mark.parametrize("moment", ["after the upload", "while it is created", "after it was created"])
+def test_a_job_is_paid_once_wherever_the_run_is_interrupted(moment, chats, tmp_path):
+    path = tmp_path / "snapshot" / "calls.jsonl"
+    down = {"after the upload": lambda method, path: (method, path) == CREATED, "after it was created": lambda method, path: "ftjob" in path,
+            "while it is created": lambda method, path: method == "GET" and "jobs" in path}[moment]
+
+    def gate(method, path, before):
+        if moment == "while it is created" and (method, path) == CREATED and before == 0:
+            return "lost"
+        return answer(503, "Sorry") if down(method, path) else None
+
+    with Server(gate=gate) as server:
+        model = f"gpt-4.1-mini@{server.url}"
+        if moment == "after it was created":
+            server.job = ("running", "succeeded")
+            import helpers.hosted as hosted
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(hosted.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    hosted_students(model, chats, CallLog(path))
+        else:
+            with pytest.raises(RunStopped, match="Run again to go on"):
+                hosted_students(model, chats, CallLog(path))
+        server.gate = None
+        assert "hosted" in hosted_students(model, chats, CallLog(path)) and len(server.jobs) == 1
+
+
+def test_a_service_that_is_gone_while_we_wait_is_looked_for_again(chats, capsys):
+    with Server(gate=lambda method, path, before: answer(503, "Sorry") if "ftjob" in path and before < 8 else None) as server:
+        tuned = engine(server, chats)
+        tuned.finetune()
+        assert tuned.wait().status == "succeeded"
+    assert "not seen (InternalServerError" in capsys.readouterr().out
+
+
+def test_a_job_of_another_account_is_named_with_its_note(chats, tmp_path):
+    path = tmp_path / "snapshot" / "calls.jsonl"
+    with Server() as server:
+        hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
+        note = path.with_name("finetuning_job.json")
+        note.write_text(json.dumps({**json.loads(note.read_text()), "fine_tuned_model": None}))
+        server.jobs.clear()
+        with pytest.raises(FinetuningFailed, match="ftjob-1 is not known to this account.*Delete .*finetuning_job.json to start a new one"):
+            hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
+
+
+def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
+    path, paid = tmp_path / "snapshot" / "calls.jsonl", 0
+    with Server() as server:
+        for i, last in enumerate(("succeeded", "failed", "succeeded")):
+            server.job = ("running", last)
+            chats.write_text(chats.read_text().replace(f"Row {i}.", f"Row number {i}."))
+            log = CallLog(path)
+            if last == "failed":
+                with pytest.raises(FinetuningFailed):
+                    hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
+            else:
+                hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
+                paid += 3 * len(chats.read_bytes()) // 4
+            assert log.ledger.spent() == pytest.approx(5 * paid / 1e6) == CallLog(path).ledger.spent()
+        assert {job["method"]["supervised"]["hyperparameters"]["n_epochs"] for job in server.jobs.values()} == {3}
+
+
 def test_another_file_is_another_job_and_a_failed_one_is_not_waited_for_again(chats, tmp_path):
     path = tmp_path / "snapshot" / "calls.jsonl"
     with Server(job=("running", "failed")) as server:

@@ -10,7 +10,8 @@ import time
 import pytest
 from aiohttp import web
 from conftest import ROOT
-from helpers import CallLog, RunStopped, SingleGradingEvaluator, judge_rows, live, load_rows, models, models_of, name_of
+from helpers import (CallLog, RunStopped, SingleGradingEvaluator, embedding_of, hosted_students, judge_rows, live, load_rows, models, models_of,
+                     name_of)
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.evaluation import CorrectnessEvaluator
 from server import Server, answer
@@ -77,7 +78,7 @@ def test_a_fault_of_one_call_touches_its_row_only(name, rows, tmp_path):
 
 # Faults that every call would meet: the run stops, and asks no more than was under way.
 @pytest.mark.parametrize("status, code, said", [
-    (401, "invalid_api_key", "the key is missing or not valid"), (403, "forbidden", "the key may not do this"),
+    (401, "invalid_api_key", "the key is missing or not valid"), (402, "no_credit", "the account has no credit left"), (403, "forbidden", "the key may not do this"),
     (404, "model_not_found", "there is no such model"), (429, "insufficient_quota", "the account has no quota left"),
 ])
 def test_a_fault_of_every_call_stops_the_run(status, code, said, rows, tmp_path):
@@ -176,6 +177,25 @@ def test_one_base_url_setting_is_enough(rows, tmp_path, monkeypatch):
             monkeypatch.delenv(name)
 
 
+def test_openai_s_key_goes_to_no_other_endpoint(rows, tmp_path, monkeypatch):
+    for key in ("none", "sk-of-the-endpoint"):
+        with Server() as server:
+            judged(rows[:1], tmp_path / f"{key}.jsonl", server)
+            assert server.headers[0]["Authorization"] == f"Bearer {key}"
+        monkeypatch.setenv("ENDPOINT_API_KEY", "sk-of-the-endpoint")
+
+
+@pytest.mark.parametrize("model", ["hf:org/m", "local:org/m", "hf:org/m@http://127.0.0.1:1/v1"])
+def test_what_needs_openai_s_api_says_so(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
+    log, said = CallLog(tmp_path / "c.jsonl", "record"), "this needs a model behind OpenAI's API"
+    with pytest.raises(RunStopped, match=said):
+        embedding_of(model, log).get_text_embedding("x")
+    (tmp_path / "events.jsonl").write_text("")
+    with pytest.raises(RunStopped, match=said):
+        hosted_students(model, tmp_path / "events.jsonl", log)
+
+
 def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
     with Server(fault=lambda body, before: answer(503, "loading") if before == 0 else None) as server:
@@ -224,8 +244,13 @@ def test_roles_are_settings_and_a_replay_takes_them_from_the_snapshot(monkeypatc
     assert models_of(tmp_path) == stand_ins, "a replay heeds no .env"
     monkeypatch.setenv("JUDGE_MODE", "record")
     monkeypatch.setenv("WRITER_MODEL", "hf:from/the-environment")
+    assert models_of(tmp_path)["answerer"] == "stand-in-answerer" and not (tmp_path / "models.json").exists(), "such a run is stopped"
+    monkeypatch.setenv("ANSWERER_MODEL", "local:org/m")
     live_ones = models_of(tmp_path)
-    assert live_ones == stand_ins | {"teacher": "gpt-4.1@http://127.0.0.1:1/v1", "question-writer": "hf:from/the-environment"}
+    assert live_ones == stand_ins | {"teacher": "gpt-4.1@http://127.0.0.1:1/v1", "question-writer": "hf:from/the-environment",
+                                     "answerer": "local:org/m"}
+    monkeypatch.setenv("ANSWERER_MODEL", "")
+    models_of(tmp_path)  # a second run, in a shell where it was forgotten, spoils nothing
     monkeypatch.setenv("JUDGE_MODE", "replay")
     monkeypatch.delenv("WRITER_MODEL")
     assert models_of(tmp_path) == {role: model.split("@")[0] for role, model in live_ones.items()}

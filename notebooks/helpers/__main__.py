@@ -89,8 +89,15 @@ def run(names: list[str], in_place: bool = False) -> int:
         more = {"KEEP_EMBEDDINGS": str(kept[path])} if in_place else {}
         return _execute(path, environment | more, path if in_place else pages / path.name)
 
-    with ThreadPoolExecutor(workers) as pool:
-        done = list(pool.map(execute, paths))
+    if judge_mode() == "replay":
+        with ThreadPoolExecutor(workers) as pool:
+            done = list(pool.map(execute, paths))
+    else:
+        done = []
+        for path in paths:
+            done.append(execute(path))
+            if done[-1][1] and done[-1][1].ename == "RunStopped":
+                break  # what stopped this one would stop the next
     if in_place:
         vectors = {} if paths == _paths([]) else read_vectors(EMBEDDINGS)
         for path in paths:
@@ -137,7 +144,8 @@ def run_in_batches(names: list[str]) -> int:
             for line in wrong:
                 print(line, file=sys.stderr)
             if len(log) == before:
-                print(f"{path.name}: stopped: the batch answered none of its requests", file=sys.stderr)
+                print(f"{path.name}: stopped: the batch answered none of its requests. `make record` asks for them one by one, and makes "
+                      "those that are refused again invalid rows", file=sys.stderr)
                 return 1
     return 0
 

@@ -119,7 +119,8 @@ class LoggedLLM(CustomLLM):
                     row = await self._log.append_soon(_row_of(call, response))
             finally:
                 ledger.settle(key, row)
-                ledger.asking.pop(key, None)
+                if row:  # after a failure, those that wait and those that come must still go one by one
+                    ledger.asking.pop(key, None)
         ledger.use(row)
         return _response(row)
 
@@ -240,7 +241,7 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
 
     jobs = list(jobs)
     try:
-        workers = min(concurrency or int(number("CONCURRENCY")), len(jobs))
+        workers = min(concurrency or max(1, int(number("CONCURRENCY"))), len(jobs))
     except ValueError:
         for job in jobs:
             job.close()
@@ -320,7 +321,8 @@ def fill(log: CallLog, results_path: str | Path, requests_path: str | Path | Non
             usage = reply["body"].get("usage")
             if usage and str(result.get("id")).startswith("batch_req"):
                 usage = {**usage, BATCH: True}
-            row_parts = choice["message"]["content"], usage, choice.get("finish_reason"), _first_line(tokens)
+            content = choice["message"]["content"]
+            row_parts = "" if content is None else content, usage, choice.get("finish_reason"), _first_line(tokens)
             if not isinstance(row_parts[0], str):
                 raise TypeError("content is not text")
         except (ValueError, LookupError, TypeError, AttributeError) as error:

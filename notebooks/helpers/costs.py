@@ -70,7 +70,7 @@ def _given(text: str) -> dict[str, list[float]]:
 def _of_family(table: dict, model: str) -> Any:
     """A model's entry; a dated id has that of its family, and a fine-tuned one that of "ft:" and its base."""
     name = name_of(model)
-    if name.startswith("ft:"):
+    if name not in table and name.startswith("ft:"):
         name = ":".join(name.split(":")[:2])
     return table.get(name, table.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", name)))
 
@@ -130,10 +130,10 @@ def job_path(log: CallLog) -> Path:
 
 
 def job_cost(log: CallLog) -> tuple[dict, float | None]:
-    """(the fine-tuning job of a snapshot, {} if there is none; its dollars, None if the price is not known)."""
+    """(the fine-tuning job of a snapshot, {} if there is none; dollars of it and of those before it, None if a price is not known)."""
     job = json.loads(job_path(log).read_text(encoding="utf-8")) if job_path(log).exists() else {}
-    price = training_price_of(job["base_model"]) if job else 0.0
-    return job, None if price is None else price * job.get("tokens", 0) / 1e6
+    parts = [(training_price_of(one["base_model"]), one["tokens"]) for one in [job, *job.get("earlier", [])] if one.get("tokens")]
+    return job, None if any(price is None for price, _ in parts) else sum(price * tokens for price, tokens in parts) / 1e6
 
 
 class Ledger:
@@ -228,7 +228,6 @@ class Ledger:
         if self.spent() + price * tokens / 1e6 > cap:
             raise RunStopped(f"the budget of ${cap:g} does not allow the fine-tuning job: ${self.spent():.4f} is spent, and {tokens:,} tokens "
                              f"of training cost ${price * tokens / 1e6:.4f} (BUDGET_DOLLARS). Raise the cap and run again to go on.")
-        self.dollars = None  # to be added up again, with the job
 
     def settle(self, key: str, row: dict | None) -> None:
         """Give back what a call reserved, and count what its row cost (None: it was not answered)."""
@@ -269,7 +268,8 @@ def cost_table(log: CallLog) -> pd.DataFrame:
         return table
     job, training = job_cost(log)
     if job:
-        line = {"stage": "fine-tuning", "model": job["base_model"], "calls": 1, "prompt tokens": job["tokens"], "reply tokens": 0,
+        jobs = [job, *job["earlier"]]
+        line = {"stage": "fine-tuning", "model": job["base_model"], "calls": len(jobs), "prompt tokens": sum(one["tokens"] for one in jobs), "reply tokens": 0,
                 "tokens": "reported" if job.get("trained_tokens") else "counted", "priced as": job["base_model"],
                 "$": float("nan") if training is None else training}
         table = pd.concat([table, pd.DataFrame([line])], ignore_index=True)

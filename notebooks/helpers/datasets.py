@@ -39,7 +39,14 @@ async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str, con
     replies = await run_stage("questions", [
         llm.apredict(template, context_str=node.get_content(MetadataMode.LLM), query_str=instruction) for node in nodes
     ], concurrency)
-    return [{"question": clean_question(reply), "document": node.metadata.get("title")} for node, reply in zip(nodes, replies)]
+    questions = []
+    for node, reply in zip(nodes, replies):
+        try:
+            questions.append({"question": clean_question(reply), "document": node.metadata.get("title")})
+        except ValueError as error:
+            raise ValueError(f"a chunk of {node.metadata.get('title')!r}: {error}; to have it asked again, delete the line of calls.jsonl that "
+                             "holds this reply, or leave the chunk out") from error
+    return questions
 
 
 async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int | None = None) -> list[dict]:
@@ -48,7 +55,7 @@ async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, 
     references = await run_stage("references", [
         SummaryIndex([node]).as_query_engine(llm=llm).aquery(question["question"]) for node, question in zip(nodes, questions)
     ], concurrency)
-    return [{"question": question["question"], "reference": str(reference), "document": question["document"]}
+    return [{"question": question["question"], "reference": _said(reference), "document": question["document"]}
             for question, reference in zip(questions, references)]
 
 
@@ -60,6 +67,11 @@ def clean_question(reply: str) -> str:
         if "?" in line:
             return line
     raise ValueError(f"no question in the reply {reply[:200]!r}")
+
+
+def _said(response: Any) -> str:
+    """What the model said; nothing, where LlamaIndex puts words of its own in the place of an empty reply."""
+    return "" if str(response) == "Empty Response" else str(response)
 
 
 async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]], concurrency: int | None = None) -> list[dict]:
@@ -78,7 +90,7 @@ async def answer_questions(pairs: list[dict], engines: list[tuple[str, BaseQuery
         engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines)
     ], concurrency)
     return [{"question": pair["question"], "reference": pair["reference"],
-             "response_data": {"model": model, "text": str(response),
+             "response_data": {"model": model, "text": _said(response),
                                "context": response.source_nodes[0].node.text[:CONTEXT_CHARS] + "..."},
              "document": pair["document"]}
             for pair, (model, _), response in zip(pairs, engines, responses)]
@@ -101,7 +113,7 @@ async def answer_pairs(questions: list[dict], engines: list[tuple[str, BaseQuery
         engine.aquery(question["question"]) for question, two in zip(questions, drawn) for _, engine in two
     ], concurrency)
     return [{"question": question["question"],
-             "answers": [{"model": model, "text": str(response)} for (model, _), response in zip(two, responses[2 * i:2 * i + 2])],
+             "answers": [{"model": model, "text": _said(response)} for (model, _), response in zip(two, responses[2 * i:2 * i + 2])],
              "source": responses[2 * i].source_nodes[0].node.text[:CONTEXT_CHARS] + "...",
              "document": question["document"]}
             for i, (question, two) in enumerate(zip(questions, drawn))]
@@ -124,7 +136,7 @@ async def answer_in_context(pairs: list[dict], generators: list[tuple[str, LLM]]
     asked = [(pair, model, SummaryIndex([TextNode(text=pair["context"])]).as_query_engine(llm=llm))
              for pair in pairs for model, llm in generators]
     responses = await run_stage("answers", [engine.aquery(pair["question"]) for pair, _, engine in asked], concurrency)
-    return [{"question": pair["question"], "response_data": {"model": model, "text": str(response), "context": pair["context"]},
+    return [{"question": pair["question"], "response_data": {"model": model, "text": _said(response), "context": pair["context"]},
              **({"document": pair["document"]} if "document" in pair else {})}
             for (pair, model, _), response in zip(asked, responses)]
 

@@ -31,6 +31,10 @@ class FinetuningFailed(RunStopped):
     """There will be no fine-tuned model; the message gives the service's reason."""
 
 
+class UnknownJob(FinetuningFailed):
+    """There is no such job for this key."""
+
+
 class HostedFinetuneEngine(OpenAIFinetuneEngine):
     """OpenAI's fine-tuning as llama-index-finetuning offers it, made safe to wait for. The key and the base URL are the judge's.
 
@@ -57,7 +61,14 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
         method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else None
         self._extras = {name: value for name, value in (("suffix", suffix), ("seed", seed), ("method", method)) if value is not None}
         self._client = openai_client(base_model)
-        self._start_job = self._or_refused(lambda: self._client.fine_tuning.jobs.retrieve(start_job_id)) if start_job_id else None
+        self._start_job = None
+        if start_job_id:
+            try:
+                self._start_job = ask_and_block(lambda: self._client.fine_tuning.jobs.retrieve(start_job_id))
+            except (RunStopped, CallFailed) as error:
+                if error.status != 404:
+                    raise RunStopped(f"fine-tuning job {start_job_id} cannot be seen: {error} Run again to go on.") from error.__cause__
+                raise UnknownJob(f"fine-tuning job {start_job_id} is not known to this account: {error}") from error.__cause__
 
     def finetune(self) -> None:
         """Check and upload the files, and start the job.
@@ -66,27 +77,37 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
             DamagedFile: a file is not what it must be.
             FinetuningFailed: the service refuses the job; the message has its words.
         """
+        self.start(self.upload())
+
+    def upload(self) -> dict[str, str]:
+        """Check and upload the files: {"training_file": id, and perhaps "validation_file": id}."""
         paths = {"training_file": self.data_path, **({"validation_file": self.validation_path} if self.validation_path else {})}
         for path in paths.values():
             check_events(path)
-        files = {name: self._upload(Path(path)) for name, path in paths.items()}
+        return {name: self._upload(Path(path)) for name, path in paths.items()}
+
+    def start(self, files: dict[str, str], perhaps_started: bool = False) -> None:
+        """Start the job on uploaded files. If it was `perhaps_started` before, it is looked for first."""
 
         def create():
-            # After a broken connection the job may be there all the same: it has our file.
+            # After a broken connection, or a killed run, the job may be there all the same: it has our file.
             if attempts and (job := next((job for job in self._client.fine_tuning.jobs.list(limit=20)
                                           if job.training_file == files["training_file"]), None)):
                 return job
             attempts.append(1)
             return self._client.fine_tuning.jobs.create(model=self.base_model, **files, **self._extras)
 
-        attempts: list = []
+        attempts = [0] if perhaps_started else []
         self._start_job = self._or_refused(create)
         print(f"fine-tuning job {self._start_job.id} of {self.base_model}: started", file=terminal(), flush=True)
 
     def _upload(self, path: Path) -> str:
         content = path.read_bytes()
         file = self._or_refused(lambda: self._client.files.create(file=(path.name, content), purpose="fine-tune"))
-        file = self._client.files.wait_for_processing(file.id, poll_interval=number("POLL_SECONDS"), max_wait_seconds=600)
+        end = time.monotonic() + 600
+        while file.status not in ("processed", "error") and time.monotonic() < end:
+            time.sleep(number("POLL_SECONDS"))
+            file = self._or_refused(lambda: self._client.files.retrieve(file.id))
         if file.status == "error":
             raise FinetuningFailed(f"{path}: the service cannot read it: {getattr(file, 'status_details', None) or 'no reason given'}")
         return file.id
@@ -95,14 +116,15 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
         try:
             return ask_and_block(call)
         except (RunStopped, CallFailed) as error:
-            refused = getattr(error, "status", None) in (400, 403, 404)
-            raise FinetuningFailed(f"fine-tuning {self.base_model!r}: {error} {CLOSED if refused else ''}".strip()) from error.__cause__
+            if error.status in (400, 403, 404):
+                raise FinetuningFailed(f"fine-tuning {self.base_model!r}: {error} {CLOSED}") from error.__cause__
+            raise RunStopped(f"fine-tuning {self.base_model!r}: {error} Run again to go on.") from error.__cause__
 
     def get_current_job(self) -> Any:
         """The job as it stands now."""
         if self._start_job is None:
             raise ValueError("call finetune() first")
-        return self._or_refused(super().get_current_job)
+        return ask_and_block(super().get_current_job)
 
     def wait(self) -> Any:
         """Wait until the job has ended, at most FINETUNING_HOURS, looking every POLL_SECONDS. Prints each new status; returns the job.
@@ -113,13 +135,20 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
         """
         hours, said = number("FINETUNING_HOURS"), None
         end = time.monotonic() + hours * 3600
-        while (job := self.get_current_job()).status not in ENDED:
-            if job.status != said:
-                print(f"fine-tuning job {job.id}: {(said := job.status)}", file=terminal(), flush=True)
-            if time.monotonic() > end:
-                raise RunStopped(f"fine-tuning job {job.id} is {job.status!r} after {hours:g} hours (FINETUNING_HOURS). It goes on; run "
-                                 "again to wait for it.")
-            time.sleep(number("POLL_SECONDS"))
+        job = self._start_job
+        while job.status not in ENDED:
+            try:
+                job = ask_and_block(super().get_current_job)
+                now = job.status
+            except CallFailed as error:  # the job goes on, whether we can see it or not
+                now = f"not seen ({error})"
+            if now != said and now not in ENDED:
+                print(f"fine-tuning job {job.id}: {(said := now)}", file=terminal(), flush=True)
+            if job.status not in ENDED:
+                if time.monotonic() > end:
+                    raise RunStopped(f"fine-tuning job {job.id} is {job.status!r} after {hours:g} hours (FINETUNING_HOURS). It goes on; run "
+                                     "again to wait for it.")
+                time.sleep(number("POLL_SECONDS"))
         print(f"fine-tuning job {job.id}: {job.status}", file=terminal(), flush=True)
         if job.status != "succeeded":
             raise _failure(job)

@@ -31,6 +31,8 @@ KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)")  # th
 class CallFailed(RuntimeError):
     """The live model failed to answer this call; the row that needed it is invalid, and asked again in the next run."""
 
+    status: int | None = None  # the HTTP status, if there was one
+
 
 def access(model: str) -> tuple[str | None, str]:
     """(base URL or None for the provider's own, key) of a hosted model."""
@@ -40,8 +42,8 @@ def access(model: str) -> tuple[str | None, str]:
     own = model.partition("@")[2]
     if model.startswith("hf:"):
         return own or None, _key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model)
-    if own:
-        return own, setting("OPENAI_API_KEY") or "none"  # a server of one's own wants no key, but the client wants one to send
+    if own:  # not OpenAI's key, which is no business of another host; a server that wants none gets "none", for the client must send one
+        return own, setting("ENDPOINT_API_KEY") or "none"
     return base_url(), _key("OPENAI_API_KEY", model=model)
 
 
@@ -60,10 +62,19 @@ def request_settings(model: str, params: dict) -> dict:
 
 
 def openai_client(model: str):
-    """OpenAI's own client for a model: for files, fine-tuning jobs, batches. It does not retry."""
+    """OpenAI's own client for a model: for files, fine-tuning jobs, batches. It does not retry.
+
+    Raises:
+        RunStopped: the model is not behind OpenAI's API.
+    """
+    if model.startswith(("hf:", "local:")):
+        raise RunStopped(f"{id_of(model)!r}: this needs a model behind OpenAI's API, or one compatible with it (an id, or id@url)")
+    return _client(*access(model))
+
+
+def _client(url: str | None, key: str):
     import openai
 
-    url, key = access(model)
     return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=0)
 
 
@@ -73,9 +84,7 @@ def live(model: str) -> Callable[[], LLM]:
 
     def make() -> LLM:
         if model.startswith("local:"):
-            from llama_index.llms.huggingface import HuggingFaceLLM
-
-            return HuggingFaceLLM(model_name=name_of(model), tokenizer_name=name_of(model), max_new_tokens=MAX_TOKENS)
+            return _local_class()(model_name=name_of(model), tokenizer_name=name_of(model), max_new_tokens=MAX_TOKENS)
         if model.startswith("hf:"):
             url, token = access(model)
             return _inference_class()(model_name=url or name_of(model), token=token, num_output=MAX_TOKENS, timeout=TIMEOUT)
@@ -90,7 +99,8 @@ def live_embedding(model: str) -> BaseEmbedding:
     """LlamaIndex's client for a hosted embedding model."""
     from llama_index.embeddings.openai import OpenAIEmbedding
 
-    url, key = access(model)
+    with openai_client(model) as client:  # raises where there is none
+        url, key = str(client.base_url), client.api_key
     return OpenAIEmbedding(model_name=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0)
 
 
@@ -108,8 +118,7 @@ def unreachable(model: str) -> str:
             hub = HfApi(token=access(model)[1])
             ask_and_block(lambda: hub.model_info(name_of(model)))
             return ""
-        client = openai_client(model)
-        with client:
+        with _client(*access(model)) as client:
             try:
                 ask_and_block(lambda: client.models.retrieve(name_of(model)))
             except RunStopped as error:
@@ -179,6 +188,20 @@ def _endpoint_class():
     return Endpoint
 
 
+def _local_class():
+    from llama_index.llms.huggingface import HuggingFaceLLM
+
+    class Local(HuggingFaceLLM):
+        """HuggingFaceLLM, which pays no heed to a call's temperature, with it."""
+
+        def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+            if (temperature := kwargs.get("temperature")) is not None:
+                self.generate_kwargs = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+            return super().complete(prompt, formatted=formatted, **kwargs)
+
+    return Local
+
+
 def _inference_class():
     from huggingface_hub import AsyncInferenceClient
     from llama_index.llms.huggingface_api import HuggingFaceInferenceAPI
@@ -229,7 +252,7 @@ def stops_the_run(error: BaseException) -> str | None:
     """Why no other call would fare better: no valid key, no quota, no such model. None if others may."""
     if getattr(error, "code", None) == "insufficient_quota":
         return "the account has no quota left"
-    return {401: "the key is missing or not valid", 403: "the key may not do this", 404: "there is no such model, or no such address"}.get(
+    return {401: "the key is missing or not valid", 402: "the account has no credit left", 403: "the key may not do this", 404: "there is no such model, or no such address"}.get(
         status_of(error))
 
 

@@ -31,7 +31,7 @@ SETTINGS = {
     "FINETUNING_HOURS": ("12", "the longest wait for a fine-tuning job"),
     "POLL_SECONDS": ("30", "between two looks at a fine-tuning job or a batch"),
 }
-KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_TOKEN")
+KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_TOKEN", "ENDPOINT_API_KEY")
 ROLES = {"teacher": "TEACHER_MODEL", "question-writer": "WRITER_MODEL", "answerer": "ANSWERER_MODEL", "student": "STUDENT_MODEL",
          "embedding": "EMBEDDING_MODEL"}
 
@@ -97,9 +97,11 @@ def models_of(snapshot: Path) -> dict[str, str]:
     kept = json.loads(path.read_text(encoding="utf-8")) if replay and path.exists() else {}
     stand_ins = {role: SETTINGS[name][0] or STAND_IN + role for role, name in ROLES.items()}
     models = {role: (kept.get(role) if replay else setting(name)) or stand_ins[role] for role, name in ROLES.items()}
-    if not replay:
+    if not replay and not any(model.startswith(STAND_IN) for model in models.values()):  # a run that has none is stopped before long
         snapshot.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({role: id_of(model) for role, model in models.items()}, indent=1) + "\n", encoding="utf-8")
+        draft = path.with_name("models.json.tmp")
+        draft.write_text(json.dumps({role: id_of(model) for role, model in models.items()}, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
     return models
 
 

@@ -142,7 +142,7 @@ class CallLog:
         self._joint = b""  # what the next row needs before it
         self._reader = self._writer = None
         self._collected: set[str] = set()
-        self._lock = threading.RLock()
+        self._lock, self._flush_lock = threading.RLock(), threading.Lock()
         self._names_path = self.path.with_name("names.json")
         # {logged name: model id}, where they differ, as they do by persona: its price, and what a batch must ask for
         self.models = json.loads(self._names_path.read_text(encoding="utf-8")) if self._names_path.exists() else {}
@@ -173,9 +173,12 @@ class CallLog:
 
     def get(self, key: str) -> dict | None:
         """The row of a key, or None."""
-        offset = self._index.get(bytes.fromhex(key))
-        if offset is None:
-            return None
+        if (offset := self._index.get(bytes.fromhex(key))) is None:
+            if bytes.fromhex(key) not in self._unflushed:
+                return None
+            self._flush()  # whoever wrote it was interrupted before it was flushed
+            self.ledger.dollars = None  # and before it was counted
+            offset = self._index[bytes.fromhex(key)]
         with self._lock:
             self._reader = self._reader or open(self.path, "rb")
             self._reader.seek(offset)
@@ -205,6 +208,8 @@ class CallLog:
                 if self._flushing is None or self._flushing.done():
                     self._flushing = asyncio.get_running_loop().run_in_executor(None, self._flush)
                 await asyncio.shield(self._flushing)  # the flush is for others too
+                if bytes.fromhex(row["key"]) not in self._index and bytes.fromhex(row["key"]) not in self._unflushed:
+                    raise OSError(f"{self.path}: a flush failed, and the row was lost with it")
         return self.get(row["key"])
 
     def _write(self, row: dict) -> bool:
@@ -226,20 +231,21 @@ class CallLog:
 
     def _flush(self) -> None:
         """Wait until all that was written is on disk; only then it is held. It runs to its end in a thread, whoever is interrupted."""
-        with self._lock:
-            batch, end, file = dict(self._unflushed), self._written, self._writer
-        try:
-            os.fsync(file.fileno())
-        except OSError:
+        with self._flush_lock:
             with self._lock:
-                self._unflushed.clear()
-                self._written = self._end
-            raise
-        with self._lock:
-            self._index.update(batch)
-            self._end = self._size = max(end, self._end)
-            for key in batch:
-                self._unflushed.pop(key, None)
+                batch, end, file = dict(self._unflushed), self._written, self._writer
+            try:
+                os.fsync(file.fileno())
+            except OSError:
+                with self._lock:
+                    self._unflushed.clear()
+                    self._written = self._end
+                raise
+            with self._lock:
+                self._index.update(batch)
+                self._end = self._size = max(end, self._end)
+                for key in batch:
+                    self._unflushed.pop(key, None)
 
     def open_to_write(self):
         """The file, open for this process alone. A run that records calls it before it asks for what it could not keep.
@@ -249,6 +255,9 @@ class CallLog:
             OSError: it cannot be written to.
         """
         if self._writer is None or self._writer.closed:
+            if self.mode == "record" and (notes := self.path.with_name("batches.json")).exists() and json.loads(notes.read_text(encoding="utf-8")):
+                raise RuntimeError(f"{notes}: batches are under way, which ask the same calls; `make batch` picks them up (or delete this file, and "
+                                   "pay for their calls again)")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A cell that is run again opens the log again: of one process, the newest writes.
             if older := _writers.pop(self.path.resolve(), None):
