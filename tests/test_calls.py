@@ -384,5 +384,5 @@ def test_equal_calls_go_one_by_one_even_after_a_failure(path, rows):
             return response
 
     live = FailsFirst()
-    done, _ = judged([rows[0]] * 10, CallLog(path, "record"), live)
+    done, _ = judged([rows[0]] * 12, CallLog(path, "record"), live, concurrency=4)  # some wait, some come later
     assert live.count == 2 and sum("invalid" in row["evaluations"][0] for row in done) == 1 and len(load_rows(path)) == 1
