@@ -5,6 +5,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import subprocess
@@ -205,6 +206,7 @@ async def raw(url: str, rows: list[dict], concurrency: int) -> None:
 def live_calls() -> None:
     """Calls that take a while, so many at once: wall time against the limit, calls * delay / concurrency. The machine is shared, so
     each is the best of several rounds."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # LlamaIndex's clients complain when their event loop closes
     for delay, calls, concurrency, rounds in ((0.2, 128, 16, 5), (1.0, 256, 64, 3)):
         limit = calls * delay / concurrency
         print(f"{calls} live calls of {delay:g} s, {concurrency} at once: times the limit of {limit:g} s, best of {rounds}")
