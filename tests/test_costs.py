@@ -203,7 +203,7 @@ def test_the_check_tells_a_bad_key_from_a_server_that_lists_no_models(status, sa
 
 
 def test_hugging_face_is_asked_for_its_models(monkeypatch):
-    assert "no key for 'hf:org/m': set HF_TOKEN" in unreachable("hf:org/m@http://me:pass@127.0.0.1:1/v1")
+    assert "no key for 'hf:org/m': set HF_TOKEN" in unreachable("hf:org/m@http://127.0.0.1:1/v1")
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
     with Server(models=("org/m",)) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url.removesuffix("/v1"))

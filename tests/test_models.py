@@ -185,6 +185,16 @@ def test_openai_s_key_goes_to_no_other_endpoint(rows, tmp_path, monkeypatch):
         monkeypatch.setenv("ENDPOINT_API_KEY", "sk-of-the-endpoint")
 
 
+def test_a_password_in_a_url_is_refused_and_not_shown(rows, tmp_path, monkeypatch):
+    llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", live("m@http://me:Secret0003@127.0.0.1:1/v1"))
+    with pytest.raises(RunStopped, match="'m': its endpoint's URL holds a password.*give it as ENDPOINT_API_KEY instead") as stopped:
+        asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t"))
+    assert "Secret0003" not in str(stopped.value)
+    monkeypatch.setenv("OPENAI_API_BASE", "http://me:Secret0003@127.0.0.1:1/v1")
+    with pytest.raises(RunStopped, match="give it as OPENAI_API_KEY instead"):
+        live("m")()
+
+
 @pytest.mark.parametrize("model", ["hf:org/m", "local:org/m", "hf:org/m@http://127.0.0.1:1/v1"])
 def test_what_needs_openai_s_api_says_so(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")

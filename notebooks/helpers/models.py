@@ -40,6 +40,9 @@ def access(model: str) -> tuple[str | None, str]:
         raise RunStopped(f"{model!r} is the name of recorded calls, not of a model: set {', '.join(list(ROLES.values())[:3])} (README.md, "
                          "'Going live')")
     own = model.partition("@")[2]
+    if "@" in (own or base_url() or ""):
+        raise RunStopped(f"{id_of(model)!r}: its endpoint's URL holds a password, which would be shown; give it as "
+                         f"{'ENDPOINT_API_KEY' if own else 'OPENAI_API_KEY'} instead")
     if model.startswith("hf:"):
         return own or None, _key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model)
     if own:  # not OpenAI's key, which is no business of another host; a server that wants none gets "none", for the client must send one
