@@ -68,9 +68,9 @@ class LoggedLLM(CustomLLM):
         plain = [{"role": message.role.value, "content": message.content} for message in messages]
         return {"model": self.model_name, "messages": plain, "params": {**self.params, **kwargs}, "sample": self.sample}
 
-    def _recorded(self, call: dict) -> ChatResponse | None:
+    def _recorded(self, key: str, call: dict) -> ChatResponse | None:
         """The logged answer; None if the live model is to be asked."""
-        if row := self._log.get(call_key(**call)):
+        if row := self._log.get(key):
             self._log.ledger.use(row)
             return _response(row)
         if self._log.mode == "collect":
@@ -89,9 +89,9 @@ class LoggedLLM(CustomLLM):
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         call = self._call(messages, kwargs)
-        if recorded := self._recorded(call):
-            return recorded
         key, row, ledger = call_key(**call), None, self._log.ledger
+        if recorded := self._recorded(key, call):
+            return recorded
         ledger.reserve(key, call)
         try:
             response = ask_and_block(lambda: self._live.chat(messages, **call["params"]))
@@ -105,12 +105,12 @@ class LoggedLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         call = self._call(messages, kwargs)
-        if recorded := self._recorded(call):
+        key, row, ledger = call_key(**call), None, self._log.ledger
+        if recorded := self._recorded(key, call):
             return recorded
         # Two equal calls at once would be paid twice: the second waits for the first and takes its answer.
-        key, row, ledger = call_key(**call), None, self._log.ledger
         async with ledger.asking.setdefault(key, asyncio.Lock()):
-            if recorded := self._recorded(call):
+            if recorded := self._recorded(key, call):
                 return recorded
             await ledger.admit(key, call)
             try:
