@@ -151,12 +151,14 @@ def test_tokens_that_nobody_reported_are_counted(tmp_path):
 
 
 def test_no_prompt_of_the_notebooks_is_longer_than_the_bound():
-    """The texts that models wrote may be MAX_TOKENS each, three in a prompt at most; the rest is what it is in the bundled logs."""
-    for part, texts in (("correctness", 3), ("pairwise", 3), ("single_grading", 2)):
+    """The shortest prompt of a role holds its instructions; to it come, at most, the texts that models wrote and chunks of 256 tokens."""
+    more = {"teacher": (3, 1), "question-writer": (1, 1), "answerer": (1, 2)}  # texts, chunks
+    for part in ("correctness", "pairwise", "single_grading"):
+        prompts = {role: [] for role in more}
         for row in CallLog(DATA / part / "calls.jsonl").rows():
-            replies = texts * MAX_TOKENS if "teacher" in row["model"] else MAX_TOKENS
-            fixed = prompt_tokens(row) - (0 if "teacher" not in row["model"] else 60)  # question and answers take 60 tokens at least
-            assert fixed <= PROMPT_TOKENS and (fixed - 400) + replies <= PROMPT_TOKENS + 400
+            prompts[next(role for role in more if role in row["model"])].append(prompt_tokens(row))
+        for role, (texts, chunks) in more.items():
+            assert min(prompts[role]) + texts * MAX_TOKENS + chunks * 256 <= PROMPT_TOKENS and max(prompts[role]) <= PROMPT_TOKENS, (part, role)
 
 
 def test_the_check_asks_each_model_once_and_says_what_a_run_costs_at_most(tmp_path, monkeypatch):

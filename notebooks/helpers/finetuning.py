@@ -19,7 +19,7 @@ from .grading import lower_median
 from .models import live
 from .pairs import PROMPT, PairStudent, read_pair_prompt
 from .replies import read_score, read_verdict
-from .settings import LOCAL, name_of, terminal
+from .settings import LOCAL, name_of, served_like, terminal
 from .snapshots import CallLog, DamagedFile, load_rows, write_text
 from .student import Student, check_settings, read_prompt
 
@@ -287,6 +287,5 @@ def hosted_students(model: str, data_path: str | Path, log: CallLog, **settings:
             except FinetuningFailed:
                 note_job(engine.get_current_job())
                 raise
-    at = "".join(model.partition("@")[1:])
-    return {name: log.llm(id, live(id + at), params={"temperature": 0}) for name, id in
+    return {name: log.llm(id, live(served_like(id, model)), params={"temperature": 0}) for name, id in
             (("hosted", job["fine_tuned_model"]), ("hosted_base", name_of(model)))}

@@ -20,7 +20,7 @@ from llama_index.core.llms import LLM
 
 from .finetuning import check_events
 from .models import CallFailed, ask_and_block, live, openai_client, redact
-from .settings import RunStopped, name_of, number, terminal
+from .settings import RunStopped, name_of, number, served_like, terminal
 
 ENDED = ("succeeded", "failed", "cancelled")
 CLOSED = ("OpenAI takes no new fine-tuning jobs after 2027-01-06, and since 2026-05-07 none from accounts that had none before. To train on "
@@ -57,7 +57,7 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
                  seed: int | None = None, hyperparameters: dict | None = None, start_job_id: str | None = None) -> None:
         # Not the original's, which makes a client that knows of no base URL.
         self.base_model, self.data_path, self.validation_path = name_of(base_model), data_path, validation_path
-        self._model, self._verbose, self._validate_json = base_model, True, True
+        self._model = base_model
         method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else None
         self._extras = {name: value for name, value in (("suffix", suffix), ("seed", seed), ("method", method)) if value is not None}
         self._client = openai_client(base_model)
@@ -154,7 +154,7 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
             raise _failure(job)
         return job
 
-    def get_finetuned_model(self, **model_kwargs: Any) -> LLM:
+    def get_finetuned_model(self) -> LLM:
         """The fine-tuned model as an LLM; `wait()` first.
 
         Raises:
@@ -166,8 +166,7 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
             raise ValueError(f"fine-tuning job {job.id} is {job.status!r}: call wait() first")
         if job.status != "succeeded":
             raise _failure(job)
-        at = "".join(self._model.partition("@")[1:])
-        return live(job.fine_tuned_model + at)()
+        return live(served_like(job.fine_tuned_model, self._model))()
 
 
 def _failure(job) -> FinetuningFailed:

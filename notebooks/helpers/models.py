@@ -255,8 +255,8 @@ def stops_the_run(error: BaseException) -> str | None:
     """Why no other call would fare better: no valid key, no quota, no such model. None if others may."""
     if getattr(error, "code", None) == "insufficient_quota":
         return "the account has no quota left"
-    return {401: "the key is missing or not valid", 402: "the account has no credit left", 403: "the key may not do this", 404: "there is no such model, or no such address"}.get(
-        status_of(error))
+    return {401: "the key is missing or not valid", 402: "the account has no credit left", 403: "the key may not do this",
+            404: "there is no such model, or no such address"}.get(status_of(error))
 
 
 def retry_after(error: BaseException) -> float | None:

@@ -80,6 +80,11 @@ def id_of(model: str) -> str:
     return model.split("@")[0]
 
 
+def served_like(id: str, model: str) -> str:
+    """The setting of a model's id at the endpoint of another, as a fine-tuned model stands where its base does."""
+    return id + "".join(model.partition("@")[1:])
+
+
 def name_of(model: str) -> str:
     """The name under which a model's calls are logged: its id, wherever it is served."""
     return re.sub(r"^(?:hf|local):", "", id_of(model))
