@@ -15,7 +15,7 @@ class FakeLive(CustomLLM):
 
     Args:
         asked: a file to which each prompt's hash is appended, to be read from outside.
-        delay: seconds, at most; calls end in another order than they began.
+        delay: seconds, at most; calls end in another order than they began. Without one a call is never left half done.
         broken: prompts that hold this text raise.
     """
 
@@ -46,7 +46,8 @@ class FakeLive(CustomLLM):
     async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         response = self.chat(messages)
         digest = hashlib.sha256(messages[-1].content.encode()).digest()
-        await asyncio.sleep(self.delay * digest[9] / 255)
+        if self.delay:
+            await asyncio.sleep(self.delay * digest[9] / 255)
         return response
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:

@@ -248,21 +248,21 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
         raise
     waiting_jobs, results, stopped, meter = iter(enumerate(jobs)), [None] * len(jobs), [], Meter(caps=caps())
 
-    async def run(place: int, job: Awaitable):
+    async def work(number: int) -> None:
         STAGE.set(stage)
-        ROW.set(place)
         METER.set(meter)
-        return await job
-
-    async def work() -> None:
-        # Tasks are made as they are begun: of ten thousand jobs, only those under way take up memory.
+        # One begins with each turn of the event loop. Begun in one turn, they would ask at once and be answered at once, and then
+        # every reply waits until all others are dealt with.
+        for _ in range(number):
+            await asyncio.sleep(0)
         for place, job in waiting_jobs:
             if stopped:  # what would be asked now would be refused like the one before
                 job.close()
                 results[place] = stopped[0]
                 continue
+            ROW.set(place)
             try:
-                results[place] = await asyncio.ensure_future(run(place, job))
+                results[place] = await job
             except Exception as error:  # told below, when all are done
                 results[place] = error
                 if isinstance(error, RunStopped):
@@ -274,7 +274,7 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
         if judge_mode() == "record":
             gc.freeze()  # LlamaIndex's half a million objects: to look through them takes a quarter of a second, while calls wait
         try:
-            await asyncio.gather(*(work() for _ in range(workers)))
+            await asyncio.gather(*map(work, range(workers)))
         finally:
             gc.unfreeze()
             for _, job in waiting_jobs:  # interrupted
