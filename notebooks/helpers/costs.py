@@ -129,11 +129,15 @@ def job_path(log: CallLog) -> Path:
     return log.path.with_name("finetuning_job.json")
 
 
-def job_cost(log: CallLog) -> tuple[dict, float | None]:
-    """(the fine-tuning job of a snapshot, {} if there is none; dollars of it and of those before it, None if a price is not known)."""
-    job = json.loads(job_path(log).read_text(encoding="utf-8")) if job_path(log).exists() else {}
+def noted_job(log: CallLog) -> dict:
+    """The fine-tuning job of a snapshot, {} if there is none."""
+    return json.loads(job_path(log).read_text(encoding="utf-8")) if job_path(log).exists() else {}
+
+
+def job_cost(job: dict) -> float | None:
+    """Dollars of a fine-tuning job and of those before it; None if a price is not known."""
     parts = [(training_price_of(one["base_model"]), one["tokens"]) for one in [job, *job.get("earlier", [])] if one.get("tokens")]
-    return job, None if any(price is None for price, _ in parts) else sum(price * tokens for price, tokens in parts) / 1e6
+    return None if any(price is None for price, _ in parts) else sum(price * tokens for price, tokens in parts) / 1e6
 
 
 class Ledger:
@@ -162,7 +166,7 @@ class Ledger:
     def spent(self) -> float:
         """Dollars that the log's rows have cost, as far as their prices are known. With BUDGET_DOLLARS they must be."""
         if self.dollars is None:
-            job, training = job_cost(self._log)
+            training = job_cost(job := noted_job(self._log))
             if training is None and number("BUDGET_DOLLARS") is not None:
                 raise RunStopped(_no_price(job["base_model"], training=True))
             self.unpriced |= training is None
@@ -185,7 +189,7 @@ class Ledger:
         model, price = priced_as(self._log, call["model"]), self._price(call["model"])
         return _dollars(price, math.ceil(MARGIN * prompt_tokens(call)), reply_cap(model))
 
-    def refusal(self, key: str, call: dict) -> str | None:
+    def try_to_reserve(self, key: str, call: dict) -> str | None:
         """Reserve a call's cost; or say why the budget does not allow it."""
         self.spent()  # added up before the first call is under way, so that no row is counted twice
         calls, dollars = METER.get().caps or caps()
@@ -203,12 +207,12 @@ class Ledger:
         Raises:
             RunStopped: the budget does not allow it.
         """
-        if why := self.refusal(key, call):
+        if why := self.try_to_reserve(key, call):
             raise RunStopped(f"{why}. What was answered is kept; raise the cap and run again to go on.")
 
     async def admit(self, key: str, call: dict) -> None:
         """As `reserve`, but while calls are under way, wait for what they leave."""
-        while self.refusal(key, call):
+        while self.try_to_reserve(key, call):
             if not self._reserved:
                 self.reserve(key, call)
                 return
@@ -266,9 +270,8 @@ def cost_table(log: CallLog) -> pd.DataFrame:
         "priced as": priced_as(log, model), "$": line["$"]} for (stage, model), line in lines.items()])
     if table.empty:
         return table
-    job, training = job_cost(log)
-    if job:
-        jobs = [job, *job["earlier"]]
+    if job := noted_job(log):
+        jobs, training = [job, *job["earlier"]], job_cost(job)
         line = {"stage": "fine-tuning", "model": job["base_model"], "calls": len(jobs), "prompt tokens": sum(one["tokens"] for one in jobs), "reply tokens": 0,
                 "tokens": "reported" if job.get("trained_tokens") else "counted", "priced as": job["base_model"],
                 "$": float("nan") if training is None else training}

@@ -1,6 +1,5 @@
 """Fine-tune: judgements -> chats to learn from -> engines that learn."""
 
-import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
 from llama_index.core.llms import LLM
 
 from .calls import ROW
-from .costs import EPOCHS, TRAINING_PRICES, job_path
+from .costs import EPOCHS, TRAINING_PRICES, job_path, noted_job
 from .grading import lower_median
 from .models import live
 from .pairs import PROMPT, PairStudent, read_pair_prompt
 from .replies import read_score, read_verdict
-from .settings import LOCAL, name_of, served_like, terminal
+from .settings import LOCAL, name_of, served_like
 from .snapshots import CallLog, DamagedFile, load_rows, write_text
 from .student import Student, check_settings, read_prompt
 
@@ -237,55 +236,13 @@ def hosted_students(model: str, data_path: str | Path, log: CallLog, **settings:
     """
     if model == LOCAL:
         return {}
-    path = job_path(log)
-    job = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if log.mode == "replay":
+        job = noted_job(log)
         if not job.get("fine_tuned_model"):
-            raise FileNotFoundError(f"{path}: no fine-tuned model of {model!r} was recorded; run with JUDGE_MODE=record")
+            raise FileNotFoundError(f"{job_path(log)}: no fine-tuned model of {model!r} was recorded; run with JUDGE_MODE=record")
     else:
-        from .hosted import ENDED, FinetuningFailed, HostedFinetuneEngine, UnknownJob
+        from .hosted import finetune_or_pick_up
 
-        def note(**more) -> dict:
-            noted = {**wanted, "earlier": earlier, **more}
-            write_text(path, json.dumps(noted, indent=1) + "\n")
-            log.ledger.dollars = None  # to be added up again, with the job
-            return noted
-
-        def note_job(running) -> dict:
-            ended_badly, trained = running.status in ENDED[1:], running.trained_tokens
-            return note(id=running.id, status=running.status, fine_tuned_model=running.fine_tuned_model, trained_tokens=trained,
-                        tokens=trained or (0 if ended_badly else estimate))
-
-        settings = {**settings, "hyperparameters": {"n_epochs": EPOCHS, **(settings.get("hyperparameters") or {})}}
-        wanted = {"base_model": name_of(model), "training_file_sha256": hashlib.sha256(Path(data_path).read_bytes()).hexdigest(),
-                  "settings": {name: str(value) for name, value in settings.items()}}
-        epochs = settings["hyperparameters"]["n_epochs"]
-        estimate = sum(count_tokens(load_rows(data_path))) * (epochs if isinstance(epochs, int) else EPOCHS)
-        earlier = job.get("earlier", [])
-        if job and (any(job[name] != value for name, value in wanted.items()) or job["status"] in ENDED[1:]):
-            print(f"the fine-tuning job noted in {path.name} " + (f"was {job['status']}" if job["status"] in ENDED[1:] else
-                  "is of another model, file or setting") + ": a new one is started", file=terminal(), flush=True)
-            earlier = [*earlier, {"base_model": job["base_model"], "tokens": job["tokens"], "id": job.get("id")}]
-            job = {}
-        if not job:
-            log.ledger.allow_training(model, estimate)
-        if not job.get("fine_tuned_model"):
-            try:
-                engine = HostedFinetuneEngine(model, data_path, start_job_id=job.get("id"), **settings)
-            except UnknownJob as error:
-                raise FinetuningFailed(f"{error} Delete {path} to start a new one.") from error.__cause__
-            if not job.get("id"):
-                # The file is noted before the job is started, and by it the job is found again, wherever this run is interrupted.
-                files, known = job.get("files"), bool(job)
-                if not files:
-                    files = engine.upload()
-                    note(status="uploaded", files=files, tokens=estimate)
-                engine.start(files, perhaps_started=known)
-                note_job(engine._start_job)
-            try:
-                job = note_job(engine.wait())
-            except FinetuningFailed:
-                note_job(engine.get_current_job())
-                raise
+        job = finetune_or_pick_up(model, data_path, log, settings)
     return {name: log.llm(id, live(served_like(id, model)), params={"temperature": 0}) for name, id in
             (("hosted", job["fine_tuned_model"]), ("hosted_base", name_of(model)))}

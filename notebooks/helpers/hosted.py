@@ -3,6 +3,8 @@
 Imported only where it is used: the package below takes seconds to import and sets up logging for everyone.
 """
 
+import hashlib
+import json
 import logging
 import time
 import warnings
@@ -18,9 +20,11 @@ _root.handlers[:], _ = _handlers, _root.setLevel(_level)  # it sets two handlers
 
 from llama_index.core.llms import LLM
 
-from .finetuning import check_events
+from .costs import EPOCHS, job_path, noted_job
+from .finetuning import check_events, count_tokens
 from .models import CallFailed, ask_and_block, live, openai_client, redact
 from .settings import RunStopped, name_of, number, served_like, terminal
+from .snapshots import CallLog, load_rows, write_text
 
 ENDED = ("succeeded", "failed", "cancelled")
 CLOSED = ("OpenAI takes no new fine-tuning jobs after 2027-01-06, and since 2026-05-07 none from accounts that had none before. To train on "
@@ -173,3 +177,52 @@ def _failure(job) -> FinetuningFailed:
     error = job.error
     reason = f"{error.message} ({error.code})" if error and error.message else "no reason given"
     return FinetuningFailed(f"fine-tuning job {job.id} {'was cancelled' if job.status == 'cancelled' else 'failed'}: {redact(reason)}")
+
+
+def finetune_or_pick_up(model: str, data_path: str | Path, log: CallLog, settings: dict) -> dict:
+    """Run the job of `hosted_students` to its end: the one that is noted beside the log, or a new one. Returns its note."""
+
+    def note(**more) -> dict:
+        noted = {**wanted, "earlier": earlier, **more}
+        write_text(path, json.dumps(noted, indent=1) + "\n")
+        log.ledger.dollars = None  # to be added up again, with the job
+        return noted
+
+    def note_job(running) -> dict:
+        ended_badly, trained = running.status in ENDED[1:], running.trained_tokens
+        return note(id=running.id, status=running.status, fine_tuned_model=running.fine_tuned_model, trained_tokens=trained,
+                    tokens=trained or (0 if ended_badly else estimate))
+
+    path, job = job_path(log), noted_job(log)
+    settings = {**settings, "hyperparameters": {"n_epochs": EPOCHS, **(settings.get("hyperparameters") or {})}}
+    wanted = {"base_model": name_of(model), "training_file_sha256": hashlib.sha256(Path(data_path).read_bytes()).hexdigest(),
+              "settings": {name: str(value) for name, value in settings.items()}}
+    epochs = settings["hyperparameters"]["n_epochs"]
+    estimate = sum(count_tokens(load_rows(data_path))) * (epochs if isinstance(epochs, int) else EPOCHS)
+    earlier = job.get("earlier", [])
+    if job and (any(job[name] != value for name, value in wanted.items()) or job["status"] in ENDED[1:]):
+        why = f"was {job['status']}" if job["status"] in ENDED[1:] else "is of another model, file or setting"
+        print(f"the fine-tuning job noted in {path.name} {why}: a new one is started", file=terminal(), flush=True)
+        earlier = [*earlier, {"base_model": job["base_model"], "tokens": job["tokens"], "id": job.get("id")}]
+        job = {}
+    if job.get("fine_tuned_model"):
+        return job
+    if not job:
+        log.ledger.allow_training(model, estimate)
+    try:
+        engine = HostedFinetuneEngine(model, data_path, start_job_id=job.get("id"), **settings)
+    except UnknownJob as error:
+        raise FinetuningFailed(f"{error} Delete {path} to start a new one.") from error.__cause__
+    if not job.get("id"):
+        # The file is noted before the job is started, and by it the job is found again, wherever this run is interrupted.
+        files, known = job.get("files"), bool(job)
+        if not files:
+            files = engine.upload()
+            note(status="uploaded", files=files, tokens=estimate)
+        engine.start(files, perhaps_started=known)
+        note_job(engine._start_job)
+    try:
+        return note_job(engine.wait())
+    except FinetuningFailed:
+        note_job(engine.get_current_job())
+        raise
