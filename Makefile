@@ -21,7 +21,7 @@ test: .venv/installed ## unit tests, and every notebook replayed and compared wi
 lab: .venv/installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
 
-bench: .venv/installed ## measure: replay, opening a log, training, judging, the notebooks
+bench: .venv/installed ## measure: live calls, recording, replay, training, judging, the notebooks
 	@$(BIN)/python tests/bench.py
 
 record: .venv/installed ## run live, and log every call in data/recorded: make record NOTEBOOK=01_correctness; SNAPSHOT=mine for another folder

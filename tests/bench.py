@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import cProfile
 import io
 import itertools
 import json
 import logging
 import math
 import os
+import pstats
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import aiohttp
@@ -240,6 +244,36 @@ def live_calls() -> None:
             show("    processor time a call", processor[name] / calls * 1000, "ms")
 
 
+def where_it_goes() -> None:
+    """By the package whose code runs; Python's own library counts for the package that calls it, where that can be told."""
+
+    def package(function: tuple) -> str:
+        found = re.search(r"site-packages/(\w+)|/(helpers|tests)/", function[0])
+        return next(filter(None, found.groups())) if found else "Python"
+
+    async def profiled(url: str, folder: str) -> pstats.Stats:
+        judge = CorrectnessEvaluator(llm=CallLog(Path(folder) / "calls.jsonl", "record").llm("gpt-4.1", live(f"gpt-4.1@{url}")))
+        await judge_rows(fresh_rows(64), judge, name="warm", concurrency=64)
+        rows, profile = fresh_rows(256), cProfile.Profile(time.process_time)  # which stands still while calls wait
+        profile.enable()
+        await judge_rows(rows, judge, name="t", concurrency=64)
+        profile.disable()
+        return pstats.Stats(profile)
+
+    print("Where the processor time of a logged call goes")
+    with Loopback(0) as url, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        stats = asyncio.run(profiled(url, folder)).stats
+    shares = Counter()
+    for function, (_, _, own, _, callers) in stats.items():
+        if package(function) == "Python" and callers:
+            for caller, (_, _, part, _) in callers.items():
+                shares[package(caller)] += part
+        else:
+            shares[package(function)] += own
+    for name, share in shares.most_common(8):
+        show(name, 100 * share / shares.total(), "%")
+
+
 def log_cost() -> None:
     print("The log's own cost when recording: 1,000 rows by 16 tasks, flushed to this disk")
     with tempfile.TemporaryDirectory() as folder:
@@ -315,6 +349,7 @@ def resuming() -> None:
 
 if __name__ == "__main__":
     live_calls()
+    where_it_goes()
     log_cost()
     resuming()
     replay()
