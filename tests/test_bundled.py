@@ -20,7 +20,7 @@ CORRECTNESS, PAIRWISE, SINGLE = FOLDERS = DATA / "correctness", DATA / "pairwise
 PERSONAS = {CORRECTNESS: ("careful", "terse", "careless", "rambling"), PAIRWISE: ("careful", "terse", "careless", "rambling"),
             SINGLE: ("brisk", "expansive")}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAIR_JUDGES = ["fine_tuned", "base", "longer", "overlap", "first"]
+PAIR_JUDGES = ["fine_tuned", "base", "longer", "shorter", "overlap", "first"]
 JUDGES = ["teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"]
 GRADERS = ["fine_tuned", "base", "overlap", "longer", "constant"]
 
@@ -198,6 +198,9 @@ def test_readme_quotes_what_is_computed(judged, pairs, graded):
                     for output in cell.outputs if "city_held_out" in output.get("data", {}).get("text/plain", ""))
     figure = re.search(r"city_held_out\s+(\d+)\s+([\d.]+ \[[^]]+\])", held_out)
     assert f"{figure[2]} on all {figure[1]} rows" in (ROOT / "README.md").read_text()
+    fair = next(output.text for cell in nbformat.read(NOTEBOOKS[2], 4).cells if cell.cell_type == "code"
+                for output in cell.outputs if "overlap, acceptable above" in output.get("text", ""))
+    assert f"`overlap` reaches {re.search(r'overlap, .*accuracy ([0-9.]+)', fair)[1]})" in (ROOT / "README.md").read_text()
     table = with_intervals(pairwise_report(pairs[1], "teacher", PAIR_JUDGES), ("coverage", "agreement_overall"))
     for judge, line in table.iterrows():
         assert quoted(judge, "pairwise") == line[["coverage", "agreement_overall"]].tolist()

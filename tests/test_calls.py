@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from fake import FakeLive
-from helpers import (CallFailed, CallLog, Collected, MissingCall, fill, finetuning_events, judge_rows, load_rows, run_stage)
+from helpers import (CallFailed, CallLog, Collected, LocalJudge, MissingCall, fill, finetuning_events, judge_rows, load_rows, run_stage)
 from helpers.snapshots import call_key, make_row
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.evaluation import CorrectnessEvaluator
@@ -386,3 +386,36 @@ def test_equal_calls_go_one_by_one_even_after_a_failure(path, rows):
     live = FailsFirst()
     done, _ = judged([rows[0]] * 12, CallLog(path, "record"), live, concurrency=4)  # some wait, some come later
     assert live.count == 2 and sum("invalid" in row["evaluations"][0] for row in done) == 1 and len(load_rows(path)) == 1
+
+
+def test_a_failed_call_s_lock_does_not_outlive_its_event_loop(path, rows):
+    class Broken(FakeLive):
+        async def achat(self, messages, **kwargs):
+            self.chat(messages)
+            await asyncio.sleep(0.01)
+            raise ValueError("a bad request")
+
+    log, live = CallLog(path, "record"), Broken()
+    for _ in range(2):
+        done, _ = judged([rows[0]] * 3, log, live, concurrency=3)
+        assert all("a bad request" in row["evaluations"][0]["invalid"] for row in done)
+
+
+def test_a_reply_that_was_cut_off_says_nothing_of_other_rows(path, rows):
+    log = CallLog(path, "record")
+    log.append({**make_row(call := {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "params": {}, "sample": 0}, "Well,", None, "length")})
+    assert call["model"] == log.llm("m").model_name and log.llm("m").complete("Hi").text == "Well,"
+    judge = CorrectnessEvaluator(llm=LocalJudge(lambda item: (4.0, "."), model_name="rule"))
+    assert not any("invalid" in row["evaluations"][0] for row in asyncio.run(judge_rows(rows, judge, name="t")))
+
+
+@pytest.mark.parametrize("concurrency, variable, said", [(-1, "16", "-1 calls at once"), (0, "16", "0 calls at once"), (None, "inf", "CONCURRENCY='inf'"),
+                                                         (None, "many", "CONCURRENCY='many'")])
+def test_a_bad_bound_is_refused(concurrency, variable, said, monkeypatch, recwarn):
+    async def job():
+        return 1
+
+    monkeypatch.setenv("CONCURRENCY", variable)
+    with pytest.raises(ValueError, match=said):
+        asyncio.run(run_stage("s", [job(), job()], concurrency))
+    assert not recwarn.list, "a job was left behind"

@@ -5,7 +5,8 @@ import io
 import math
 
 import pytest
-from helpers import CallLog, MissingCall, RunStopped, check_run, cost_table, embedding_of, judge_rows, live, load_rows, models_of
+from helpers import (CallLog, MissingCall, RunStopped, check_run, cost_table, embedding_of, judge_rows, live, load_rows, local_embedding, models_of,
+                     training_cost)
 from helpers.costs import PRICES, PROMPT_TOKENS, price_of, prompt_tokens, tokens_of, training_price_of
 from helpers.models import MAX_TOKENS, THINKING_TOKENS, unreachable
 from helpers.snapshots import DATA, make_row
@@ -196,7 +197,7 @@ def test_the_check_names_all_that_is_wrong_before_anything_is_paid(tmp_path, mon
 
 
 @pytest.mark.parametrize("status, said", [(401, "the key is missing or not valid"), (403, "the key may not do this"),
-                                          (500, "InternalServerError"), (404, "")])
+                                          (500, "InternalServerError"), (404, ""), (400, ""), (405, ""), (501, "")])
 def test_the_check_tells_a_bad_key_from_a_server_that_lists_no_models(status, said):
     with Server(gate=lambda method, path, before: answer(status, "Incorrect API key provided: sk-not-a-key-0000")) as server:
         why = unreachable(model := f"gpt-4.1@{server.url}")
@@ -247,4 +248,4 @@ def test_a_hosted_embedding_is_paid_for_once(tmp_path, monkeypatch):
     assert again.get_text_embedding_batch(texts) == first[:100] and asyncio.run(again.aget_query_embedding(texts[3])) == first[3]
     with pytest.raises(MissingCall):
         again.get_text_embedding("Another.")
-    assert embedding_of("minilm", log)._encoder is None
+    assert embedding_of("minilm", log) is local_embedding()

@@ -16,7 +16,7 @@ from llama_index.core.readers.base import BaseReader
 
 
 @pytest.mark.parametrize("reply", ["Who was he?", "Question: Who was he?", "**Question:** Who was he?", "1. Who was he?",
-                                   "Sure, here is a question:\n\n1) Who was he?\n2) Who was she?", "question:  Who was he?  "])
+                                   "Q1: Who was he?", "**Question 2:** Who was he?", "- Who was he?", "Sure, here is a question:\n\n1) Who was he?\n2) Who was she?", "question:  Who was he?  "])
 def test_a_question_is_freed_of_what_models_put_before_it(reply):
     assert clean_question(reply) == "Who was he?"
 
@@ -96,6 +96,18 @@ def test_the_prompts_are_those_of_llama_index_s_generator(tmp_path):
     assert theirs == {prompt for prompt in ours if "generate only questions" in prompt}
     assert questions == [f"Question: {pair['question']}" for pair in pairs]  # they keep the prefix
     assert [pair["document"] for pair in pairs] == ["Page 0", "Page 1", "Page 2"]
+
+
+def test_an_empty_reference_names_its_chunk_and_the_way_out(tmp_path):
+    class Mute(Writer):
+        def chat(self, messages, **kwargs):
+            response = super().chat(messages)
+            if "What of 1?" in messages[-1].content:
+                response.message.content = " "
+            return response
+
+    with pytest.raises(ValueError, match="a chunk of 'Page 1': an empty reply .* to 'What of 1\\?'; to have it asked again"):
+        asyncio.run(generate_questions(nodes(), CallLog(tmp_path / "c.jsonl", "record").llm("m", Mute()), "Ask one thing."))
 
 
 def test_each_engine_answers_its_question(tmp_path):

@@ -63,7 +63,13 @@ def judged(rows, llm, name="t", **settings):
     (".7", 0.7), ("0,7", 0.7), ("0", 0.0), ("1", 1.0), ("Score: 0.5/1.0\nHalf.", 0.5), ("0.6 - half of it", 0.6),
 ])
 def test_what_is_fairly_readable_on_a_scale_to_one_is_read(reply, score):
-    assert read_score(reply, 0, 1) == (pytest.approx(score), None)
+    assert read_score(reply, 0, 1) == (score, None)
+
+
+def test_a_share_is_the_number_that_it_says():
+    """70 % as 0.7000000000000001 would be another label than 0.7."""
+    assert [read_score(f"{k}%", 0, 1)[0] for k in range(101)] == [k / 100 for k in range(101)]
+    assert read_score("49/49", 0, 1)[0] == 1
 
 
 @pytest.mark.parametrize("reply, reason", [

@@ -208,6 +208,15 @@ def test_a_job_of_another_account_is_named_with_its_note(chats, tmp_path):
             hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
 
 
+def test_a_refused_job_is_not_in_the_bill(chats, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
+    log = CallLog(tmp_path / "snapshot" / "calls.jsonl")
+    with Server(gate=lambda method, path, before: answer(403, "Not for you") if (method, path) == CREATED else None) as server:
+        with pytest.raises(FinetuningFailed, match="Not for you"):
+            hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
+    assert log.ledger.spent() == CallLog(log.path).ledger.spent() == 0
+
+
 def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, tmp_path, monkeypatch):
     monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
     path, paid = tmp_path / "snapshot" / "calls.jsonl", 0

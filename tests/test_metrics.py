@@ -75,10 +75,13 @@ def test_one_document_gives_no_interval():
 def test_rows_without_a_document_stand_alone():
     rows = judged(student=1)
     low, high = interval(rows, lambda at: float(len(np.unique(at))))
-    for row in rows:
-        del row["document"]
+    for number, row in enumerate(rows):
+        if number % 2:
+            del row["document"]
+        else:
+            row["document"] = None
     low_alone, high_alone = interval(rows, lambda at: float(len(np.unique(at))))
-    assert low % 8 == high % 8 == 0 and (low_alone % 8 or high_alone % 8)
+    assert low % 8 == high % 8 == 0 and np.isfinite(low_alone) and (low_alone % 8 or high_alone % 8)
 
 
 def test_the_interval_covers_about_as_often_as_it_says():
@@ -115,6 +118,24 @@ def test_swapping_the_students_turns_the_difference():
     ab, ba = compare_students(rows, "teacher", "a", "b"), compare_students(rows, "teacher", "b", "a")
     assert ab["difference"].tolist() == pytest.approx((-ba["difference"]).tolist())
     assert ab["p"].tolist() == pytest.approx(ba["p"].tolist())
+
+
+def test_what_is_undefined_has_no_p_value():
+    rows = judged(documents=8, student=1, constant=0)
+    for row in rows:
+        row["evaluations"][2]["score"] = 3.0
+    compared = compare_students(rows, "teacher", "student", "constant")
+    assert np.isnan(compared.loc["correlation", ["difference", "p"]]).all() and (compared.loc[["kappa", "mae"], "p"] < 0.1).all()
+    one = compare_students(judged(documents=1, each=20, a=1, b=2), "teacher", "a", "b")
+    assert np.isfinite(one["difference"]).all() and one[["low", "high", "p"]].isna().all(axis=None)
+
+
+def test_an_interval_is_never_narrower_than_for_independent_rows():
+    """Three documents that are alike say next to nothing about others."""
+    values = np.tile(np.arange(20) % 2.0, 3)
+    rows = [{"document": i // 20} for i in range(60)]
+    low, high = interval(rows, lambda at: values[at].mean())
+    assert high - low > 0.2 and (low, high) == pytest.approx(interval([{}] * 60, lambda at: values[at].mean()))
 
 
 def test_the_paired_test_needs_common_rows():

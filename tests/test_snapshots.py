@@ -92,6 +92,20 @@ def test_a_row_that_lacks_only_its_line_end_counts(path):
     assert log.get(call_key(**call(3)))["response"] == "response 3"
 
 
+def test_a_flush_that_fails_spoils_no_line_that_lacks_its_end(path, monkeypatch):
+    def full(file):
+        monkeypatch.undo()
+        raise OSError("No space left on device")
+
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    log = CallLog(path, "record")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        log.append(make_row(call(3), "response 3"))
+    log.append(make_row(call(4), "response 4"))
+    assert [row["response"] for row in CallLog(path, "replay").rows()] == ["response 0", "response 1", "response 2", "response 4"]
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda row: row.update(v=2), "schema version 2, expected 1"),
     (lambda row: row.pop("v"), "schema version None, expected 1"),

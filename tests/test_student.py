@@ -74,8 +74,8 @@ def test_twice_trained_is_the_same_to_the_bit(bundled, trained):
 
 
 def test_saved_and_loaded_it_judges_the_same(bundled, trained, tmp_path):
-    trained.save(tmp_path / "student.npz")
-    loaded = Student.load(tmp_path / "student.npz")
+    trained.save(tmp_path / "student")
+    loaded = Student.load(tmp_path / "student")
     assert (loaded.scores(bundled[1][0]) == trained.scores(bundled[1][0])).all()
     with np.load(tmp_path / "student.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["kinds", "labels", "mean", "scale", "weights"]
@@ -135,6 +135,16 @@ def test_a_strange_prompt_is_refused():
     ({"temperature": 0}, "temperature=0: expected above 0"), ({"verdicts": [4.0] * 12}, "all 12 rows have the verdict 4"),
 ])
 def test_what_cannot_be_learnt_is_refused(settings, said):
+    with pytest.raises(ValueError, match="no rows"):
+        Student.fit([], [])
     items = [(f"q{i}", f"r{i}", f"a{i}") for i in range(12)]
     with pytest.raises(ValueError, match=said):
         Student.fit(items, **{"verdicts": [1.0, 5.0] * 6, **settings})
+
+
+def test_one_question_about_many_texts_is_enough(bundled):
+    (items, verdicts), *_ = bundled
+    student = Student.fit([("Sum up the text.", *item[1:]) for item in items], verdicts)
+    assert np.corrcoef(student.held_out @ student.labels, verdicts)[0, 1] > 0.4
+    with pytest.raises(ValueError, match="1 different questions .* too few"):
+        Student.fit([("Why?", "Because.", item[2]) for item in items], verdicts)

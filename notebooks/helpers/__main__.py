@@ -22,7 +22,7 @@ BUILD = ROOT / "build"
 
 def _paths(names: list[str]) -> list[Path]:
     """The notebooks of these names, or all."""
-    there = sorted(NOTEBOOKS.glob("*.ipynb"))
+    there = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))  # not those that a reader keeps beside them
     paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or there
     for path in paths:
         if path not in there:

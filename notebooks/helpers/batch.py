@@ -93,7 +93,7 @@ def _check_budget(log: CallLog, part: list[dict]) -> None:
     if calls is not None and len(log) + len(part) > calls:
         raise RunStopped(f"{len(part)} more calls on {len(log)} are over the budget of {calls:g} (BUDGET_CALLS); raise it and run again")
     if dollars is not None:
-        most = BATCH_PRICE * sum(log.ledger.most({"params": {}, **request["body"]}) for request in part)
+        most = BATCH_PRICE * sum(log.ledger.most(request["body"]) for request in part)
         if log.ledger.spent() + most > dollars:
             raise RunStopped(f"this batch may cost ${most:.4f}, and ${log.ledger.spent():.4f} of the budget of ${dollars:g} is spent "
                              "(BUDGET_DOLLARS); raise it and run again")

@@ -109,7 +109,8 @@ class LoggedLLM(CustomLLM):
         if recorded := self._recorded(key, call):
             return recorded
         # Two equal calls at once would be paid twice: the second waits for the first and takes its answer.
-        async with ledger.asking.setdefault(key, asyncio.Lock()):
+        asking = asyncio.get_running_loop(), key  # a lock belongs to one event loop
+        async with ledger.asking.setdefault(asking, asyncio.Lock()):
             if recorded := self._recorded(key, call):
                 return recorded
             await ledger.admit(key, call)
@@ -120,7 +121,7 @@ class LoggedLLM(CustomLLM):
             finally:
                 ledger.settle(key, row)
                 if row:  # after a failure, those that wait and those that come must still go one by one
-                    ledger.asking.pop(key, None)
+                    ledger.asking.pop(asking, None)
         ledger.use(row)
         return _response(row)
 
@@ -241,12 +242,14 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
 
     jobs = list(jobs)
     try:
-        workers = min(concurrency or max(1, int(number("CONCURRENCY"))), len(jobs))
+        if (workers := int(number("CONCURRENCY") if concurrency is None else concurrency)) < 1:
+            raise ValueError(f"{workers} calls at once: expected 1 or more")
+        meter = Meter(caps=caps())
     except ValueError:
         for job in jobs:
             job.close()
         raise
-    waiting_jobs, results, stopped, meter = iter(enumerate(jobs)), [None] * len(jobs), [], Meter(caps=caps())
+    waiting_jobs, results, stopped = iter(enumerate(jobs)), [None] * len(jobs), []
 
     async def work(number: int) -> None:
         STAGE.set(stage)
@@ -261,6 +264,7 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
                 results[place] = stopped[0]
                 continue
             ROW.set(place)
+            FINISH.set(None)  # the caller's last reply was another's
             try:
                 results[place] = await job
             except Exception as error:  # told below, when all are done
@@ -274,7 +278,7 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
         if judge_mode() == "record":
             gc.freeze()  # LlamaIndex's half a million objects: to look through them takes a quarter of a second, while calls wait
         try:
-            await asyncio.gather(*map(work, range(workers)))
+            await asyncio.gather(*map(work, range(min(workers, len(jobs)))))
         finally:
             gc.unfreeze()
             for _, job in waiting_jobs:  # interrupted

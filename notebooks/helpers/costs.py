@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from llama_index.core.utils import get_tokenizer  # by default cl100k_base, which ships with LlamaIndex
 
 from .models import reply_cap, unreachable
-from .settings import LOCAL, ROLES, STAND_IN, RunStopped, name_of, number, setting
+from .settings import LOCAL, ROLES, STAND_IN, RunStopped, name_of, number, setting, terminal
 from .snapshots import STAGE, CallLog, prompt_text
 
 # US dollars per million tokens of prompt and reply: OpenAI's list as deploybase.ai (March 2026) and losclouds.com (April 2026) give it,
@@ -93,13 +94,6 @@ def priced_as(log: CallLog, name: str) -> str:
     return log.models.get(name, name)
 
 
-@lru_cache(maxsize=1)
-def _tokenizer():
-    from llama_index.core.utils import get_tokenizer
-
-    return get_tokenizer()  # cl100k_base, which ships with LlamaIndex
-
-
 def tokens_of(row: dict) -> tuple[int, int, bool]:
     """(prompt tokens, reply tokens, whether the provider reported them) of a row of the log; what is not reported is counted."""
     usage = row["usage"] or {}
@@ -107,12 +101,12 @@ def tokens_of(row: dict) -> tuple[int, int, bool]:
     if None not in reported:
         return *reported, True
     embedded = any(message["role"] == "input" for message in row["messages"])
-    return prompt_tokens(row), 0 if embedded else len(_tokenizer()(row["response"])), False
+    return prompt_tokens(row), 0 if embedded else len(get_tokenizer()(row["response"])), False
 
 
 def prompt_tokens(call: dict) -> int:
     """The tokens of a call's messages, counted: exact for OpenAI's models up to GPT-4, a few per cent off for others."""
-    return len(_tokenizer()(prompt_text(call))) + 4 * len(call["messages"])
+    return len(get_tokenizer()(prompt_text(call))) + 4 * len(call["messages"])
 
 
 def _dollars(price: tuple[float, float], prompt: int, reply: int, usage: dict | None = None) -> float:
@@ -153,7 +147,7 @@ class Ledger:
         self._seen: set[bytes] = set()
         self.dollars: float | None = None  # of all rows with a known price, once it is asked for
         self.unpriced = False  # whether a price was missing
-        self.asking: dict[str, asyncio.Lock] = {}  # key -> held by the call that asks
+        self.asking: dict[tuple, asyncio.Lock] = {}  # (event loop, key) -> held by the call that asks
         self._reserved: dict[str, float] = {}  # key -> dollars
         self._waiting: list[asyncio.Future] = []
 
@@ -324,7 +318,10 @@ def check_run(log: CallLog, models: dict[str, str], calls: dict[str, int], examp
                           "endpoint": "answers" if model in reached else "not asked"})
     if wrong:
         raise RunStopped("this run cannot start:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(wrong)))
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(lines, columns=["role", "model", "calls at most", "tokens at most", "priced as", "$ at most", "endpoint"])
     total = {"role": "in all", **table[["calls at most", "tokens at most"]].sum(), "$ at most": table["$ at most"].sum(skipna=False)}
+    if recording and terminal():
+        print(f"at most {total['calls at most']:,} calls, {total['tokens at most']:,} tokens and "
+              f"{'an unknown price' if math.isnan(total['$ at most']) else format(total['$ at most'], '.2f') + ' dollars'}", file=terminal(), flush=True)
     table = pd.concat([table, pd.DataFrame([total])], ignore_index=True).fillna({"model": "", "priced as": "", "endpoint": ""})
     return table.astype({"calls at most": int, "tokens at most": int}).round({"$ at most": 2}).set_index("role")

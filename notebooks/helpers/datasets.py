@@ -20,6 +20,7 @@ from .embeddings import local_embedding
 from .snapshots import write_text
 
 QA_PROMPT = re.compile(r"-{21}\n(.*)\n-{21}\n.*\nQuery: (.*)\nAnswer: ?\Z", re.S)
+ASK_AGAIN = "to have it asked again, delete the line of calls.jsonl that holds this reply, or leave the chunk out"
 CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
 
 
@@ -44,8 +45,7 @@ async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str, con
         try:
             questions.append({"question": clean_question(reply), "document": node.metadata.get("title")})
         except ValueError as error:
-            raise ValueError(f"a chunk of {node.metadata.get('title')!r}: {error}; to have it asked again, delete the line of calls.jsonl that "
-                             "holds this reply, or leave the chunk out") from error
+            raise ValueError(f"a chunk of {node.metadata.get('title')!r}: {error}; {ASK_AGAIN}") from error
     return questions
 
 
@@ -55,13 +55,17 @@ async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str, 
     references = await run_stage("references", [
         SummaryIndex([node]).as_query_engine(llm=llm).aquery(question["question"]) for node, question in zip(nodes, questions)
     ], concurrency)
-    return [{"question": question["question"], "reference": _said(reference), "document": question["document"]}
-            for question, reference in zip(questions, references)]
+    pairs = [{"question": question["question"], "reference": _said(reference).strip(), "document": question["document"]}
+             for question, reference in zip(questions, references)]
+    for pair in pairs:
+        if not pair["reference"]:
+            raise ValueError(f"a chunk of {pair['document']!r}: an empty reply in place of the reference answer to {pair['question']!r}; {ASK_AGAIN}")
+    return pairs
 
 
 def clean_question(reply: str) -> str:
     """The question in a model's reply, without the numbering or the "Question:" that models like to put before it."""
-    lines = [re.sub(r"^\s*(?:\d+[.)]\s*)?(?:\**question\**\s*:\**\s*)?", "", line, flags=re.I).strip()
+    lines = [re.sub(r"^\s*(?:[-*]\s+)?(?:\d+[.)]\s*)?(?:\**q(?:uestion)?\s*\d*\**\s*:\**\s*)?", "", line, flags=re.I).strip()
              for line in reply.splitlines()]
     for line in lines:
         if "?" in line:

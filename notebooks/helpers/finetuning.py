@@ -11,9 +11,10 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
 from llama_index.core.llms import LLM
+from llama_index.core.utils import get_tokenizer
 
 from .calls import ROW
-from .costs import EPOCHS, TRAINING_PRICES, job_path, noted_job
+from .costs import EPOCHS, TRAINING_PRICES, job_path, noted_job, training_price_of
 from .grading import lower_median
 from .models import live
 from .pairs import PROMPT, PairStudent, read_pair_prompt
@@ -135,8 +136,6 @@ def resolve_pairwise_events(events: list[dict], rows: list[dict], both_orders: b
 
 def count_tokens(events: list[dict]) -> list[int]:
     """Training tokens of each chat, counted as OpenAI's fine-tuning guide does (3 a message, 3 for the reply, and the texts)."""
-    from llama_index.core.utils import get_tokenizer
-
     tokenize = get_tokenizer()  # cl100k_base, which ships with LlamaIndex; other OpenAI encodings come within a few per cent
     return [3 + sum(3 + len(tokenize(m["role"])) + len(tokenize(m["content"])) for m in event["messages"]) for event in events]
 
@@ -144,8 +143,9 @@ def count_tokens(events: list[dict]) -> list[int]:
 def training_cost(events: list[dict], epochs: int = EPOCHS) -> pd.DataFrame:
     """What uploading these chats would cost. A row a model: tokens over all epochs, the price per million, dollars."""
     tokens = sum(count_tokens(events)) * epochs
+    prices = {model: training_price_of(model) for model in TRAINING_PRICES}
     return pd.DataFrame([{"model": model, "tokens": tokens, "$ per million": price, "$": round(tokens * price / 1e6, 2)}
-                         for model, price in TRAINING_PRICES.items()]).set_index("model")
+                         for model, price in prices.items()]).set_index("model")
 
 
 @dataclass
@@ -179,8 +179,8 @@ class LocalFinetuneEngine:
 
     def __init__(self, base_model: str = "minilm", data_path: str | Path = "", alpha: float = 1.0, temperature: float = 1.0,
                  scale: tuple[float, float] = (1, 5)) -> None:
-        if base_model != "minilm":
-            raise ValueError(f"base_model={base_model!r}: the local engine has 'minilm' only")
+        if base_model != LOCAL:
+            raise ValueError(f"base_model={base_model!r}: the local engine has {LOCAL!r} only")
         check_settings(alpha, temperature)
         self.data_path, self.alpha, self.temperature, self.scale = data_path, alpha, temperature, scale
         self.student: Student | PairStudent | None = None
@@ -204,7 +204,7 @@ class LocalFinetuneEngine:
         soft = [{label: said.count(label) / len(said) for label in said} for said in samples.values()]
         hard = [(majority if pairs else lower_median)(distribution) for distribution in soft]
         self.student = (PairStudent if pairs else Student).fit(list(samples), hard, soft, self.alpha, self.temperature)
-        self._job = LocalJob("succeeded", "minilm", Path(self.data_path).name, len(events), self.student.kinds, self.student.labels.tolist())
+        self._job = LocalJob("succeeded", LOCAL, Path(self.data_path).name, len(events), self.student.kinds, self.student.labels.tolist())
 
     def get_current_job(self) -> LocalJob:
         """The finished job."""

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from .grading import ACCEPTABLE, score_distribution
-from .metrics import _pearson, _ranks, measured, paired, scores_of
+from .metrics import _pearson, _ranks, evaluation_of, measured, paired, scores_of
 
 GRADES = ("correlation", "mae", "accuracy", "precision", "recall", "kappa", "auc", "brier", "coverage")
 
@@ -16,7 +16,7 @@ def probabilities_of(rows: list[dict], judge: str) -> np.ndarray:
     """
     probabilities = scores_of(rows, judge)
     for number, row in enumerate(rows):
-        evaluation = next(evaluation for evaluation in row["evaluations"] if evaluation["llm"] == judge)
+        evaluation = evaluation_of(row, number, judge)
         if evaluation["score"] is not None and ("distribution" in evaluation or "samples" in evaluation):
             probabilities[number] = sum(p for score, p in score_distribution(evaluation).items() if score > ACCEPTABLE)
     return probabilities
@@ -56,7 +56,7 @@ def grading_report(rows: list[dict], teacher: str, judges: list[str]) -> pd.Data
 
     Returns:
         A row a judge. Columns: `n` (rows on which both are valid), `acceptable` (how many of these the teacher accepts), and the
-        figures of GRADES (see `grade_agreement`), then their 95 % intervals, by document, as `<figure>_low` and `<figure>_high`.
+        figures of GRADES (see `grade_agreement`), then their 95 % intervals as `<figure>_low` and `<figure>_high`.
     """
     truth = scores_of(rows, teacher)
     report = {}
@@ -81,6 +81,11 @@ def compare_graders(rows: list[dict], teacher: str, student: str, other: str) ->
     if not valid.any():
         raise ValueError(f"no row on which {teacher}, {student} and {other} are all valid")
     rows, truth = [row for row, keep in zip(rows, valid) if keep], truth[valid]
-    places = [GRADES.index(name) for name in names]
-    return paired(rows, names, lambda said, at: grade_agreement(truth[at], said[:, 0], said[:, 1])[places],
-                  student, ours[valid], other, theirs[valid])
+    # A ranking is a judge's own: exchanged are ranks, for of two judges' probabilities together one may always stand above the other.
+    ours, theirs = (np.column_stack([said[valid], _ranks(said[valid, 1])]) for said in (ours, theirs))
+
+    def figures(said: np.ndarray, at: np.ndarray) -> np.ndarray:
+        figure = dict(zip(GRADES, grade_agreement(truth[at], said[:, 0], said[:, 1])), auc=_auc(truth[at] > ACCEPTABLE, said[:, 2]))
+        return np.array([figure[name] for name in names])
+
+    return paired(rows, names, figures, student, ours, other, theirs)

@@ -6,7 +6,7 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.evaluation import BaseEvaluator, EvaluationResult
 from llama_index.core.llms import LLM
 
-from .replies import read_score, read_score_tokens
+from .replies import cut_off, read_score, read_score_tokens
 
 ACCEPTABLE = 0.8  # a score above it is
 FORMAT = {1: "as a number from 0.0 (no marks) to 1.0 (full marks) with one decimal",
@@ -64,6 +64,7 @@ class SingleGradingEvaluator(BaseEvaluator):
         response = await self.llm.achat(self.messages(question, context, answer))
         text = response.message.content or ""
         score, reason = read_score(text, 0, self.scale)
+        reason = cut_off(response.raw.get("finish_reason") if isinstance(response.raw, dict) else None) or reason
         distribution = {}
         if reason is None and self.logprobs:
             distribution, reason = read_score_tokens(response.logprobs or [], self.scale)
@@ -87,7 +88,7 @@ class SingleGradingEvaluator(BaseEvaluator):
 def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict]:
     """Make several samples of a judge's verdict, each an evaluation under a name of its own, one evaluation.
 
-    It has the `samples` (None where a sample is invalid), their lower median as `score`, `acceptable`, and the `text` of the
+    It stands first, and has the `samples` (None where a sample is invalid), their lower median as `score`, `acceptable`, and the `text` of the
     first sample that gave that score. It is invalid only if all samples are.
 
     Raises:
@@ -107,7 +108,7 @@ def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict
         else:
             one["invalid"] = "no valid sample: " + "; ".join(dict.fromkeys(evaluation["invalid"] for evaluation in drawn))
         rest = [evaluation for evaluation in row["evaluations"] if evaluation["llm"] not in (*judges, name)]
-        pooled.append({**row, "evaluations": rest + [one]})
+        pooled.append({**row, "evaluations": [one, *rest]})
     return pooled
 
 

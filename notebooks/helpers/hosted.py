@@ -219,7 +219,11 @@ def finetune_or_pick_up(model: str, data_path: str | Path, log: CallLog, setting
         if not files:
             files = engine.upload()
             note(status="uploaded", files=files, tokens=estimate)
-        engine.start(files, perhaps_started=known)
+        try:
+            engine.start(files, perhaps_started=known)
+        except FinetuningFailed:  # there is no job, and so nothing to pay for
+            note(status="uploaded", files=files, tokens=0)
+            raise
         note_job(engine._start_job)
     try:
         return note_job(engine.wait())

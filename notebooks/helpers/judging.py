@@ -7,7 +7,7 @@ from llama_index.core.evaluation import BaseEvaluator, CorrectnessEvaluator, Eva
 from .calls import FINISH, NotAnswered, run_stage
 from .grading import SingleGradingEvaluator
 from .models import CallFailed
-from .replies import read_score, read_verdict
+from .replies import cut_off, read_score, read_verdict
 
 # What the verdicts in the original and the flipped order come to: the score (1 the first answer, 0 the second) as the call of
 # that order gave it, and the order that decides. In the flipped order "A" is the second answer.
@@ -42,7 +42,8 @@ async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, c
     Args:
         rows: correctness rows (`question`, `reference`, `response_data.text`), pairwise rows (`question`, two `answers` with a
             `text` each, `source`) or single-grading rows (`question`, `response_data` of `text` and `context`).
-        evaluator: a CorrectnessEvaluator, a PairwiseComparisonEvaluator or a SingleGradingEvaluator. LlamaIndex's own parsers
+        evaluator: a CorrectnessEvaluator (read on the scale of 1 to 5, whatever its template says), a PairwiseComparisonEvaluator
+            or a SingleGradingEvaluator. LlamaIndex's own parsers
             are not used: the first's raises on a bare "4.5" and lets 7.5 pass, the second's reads "[[B]] because not [[A]]" as A.
         name: of the judge.
         concurrency: how many rows may be under way at once; by default CONCURRENCY, 16.
@@ -71,16 +72,13 @@ async def _judge_correctness(evaluator: CorrectnessEvaluator, row: dict, name: s
             query=row["question"], response=row["response_data"]["text"], reference=row["reference"])
     except CallFailed as error:
         return {"llm": name, "score": None, "text": None, "invalid": f"the call failed: {error}"}
-    score, reason = (None, reason) if (reason := _cut_off()) else read_score(result.feedback)
+    score, reason = (None, reason) if (reason := cut_off(FINISH.get())) else read_score(result.feedback)
     return {"llm": name, "score": score, "text": result.feedback, **({"invalid": reason} if reason else {})}
 
 
 async def _judge_graded(evaluator: SingleGradingEvaluator, row: dict, name: str) -> dict:
     try:
-        graded = await evaluator.grade(row["question"], row["response_data"]["context"], row["response_data"]["text"])
-        if reason := _cut_off():
-            graded = {"score": None, "acceptable": None, "text": graded["text"], "invalid": reason}
-        return {"llm": name, **graded}
+        return {"llm": name, **await evaluator.grade(row["question"], row["response_data"]["context"], row["response_data"]["text"])}
     except CallFailed as error:
         return {"llm": name, "score": None, "acceptable": None, "text": None, "invalid": f"the call failed: {error}"}
 
@@ -94,7 +92,7 @@ async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: s
         try:
             result = await evaluator.aevaluate(query=row["question"], response=one, second_response=other, reference=row["source"])
             replies.append(result.feedback)
-            reasons.append(_cut_off() or read_verdict(result.feedback)[1])
+            reasons.append(cut_off(FINISH.get()) or read_verdict(result.feedback)[1])
         except CallFailed as error:
             replies.append(None)
             reasons.append(f"the call failed: {error}")
@@ -108,13 +106,6 @@ async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: s
         return {"llm": name, "score": None, "text": replies[0], "source": None, "verdicts": verdicts, "invalid": invalid}
     score, source = resolve_orders(*verdicts)
     return {"llm": name, "score": score, "text": replies[source == "flipped"], "source": source, "verdicts": verdicts}
-
-
-def _cut_off() -> str | None:
-    """Why the reply just given cannot be trusted to be whole: of a score that was cut off, 4.5 may be left as 4."""
-    reason = FINISH.get()
-    FINISH.set(None)
-    return f"cut off (finish_reason {reason})" if reason in ("length", "content_filter") else None
 
 
 def _check_correctness(row: dict, number: int) -> None:

@@ -19,12 +19,13 @@ from .settings import KEYS, LOCAL, ROLES, STAND_IN, RunStopped, base_url, id_of,
 ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds; doubled each time: in all at least 15, enough for a server that restarts
 LONGEST_WAIT = 600.0  # a provider that asks for more is not waited for
-TIMEOUT = 120.0
+TIMEOUT = 120.0  # seconds, of a call
 TEMPERATURE = 0.1  # of a call that names none, as in LlamaIndex
 MAX_TOKENS = 1024  # of a reply
 THINKING_TOKENS = 4096  # besides, of a model that reasons before it replies
 # OpenAI's models that reason: o-series, and GPT-5 and later but for those named chat. They refuse `max_tokens` and a temperature.
 REASONING = re.compile(r"(?:[\w-]+/)?(?:ft:)?(?:o\d|gpt-(?:[5-9]|\d\d))(?!.*-chat)")
+LISTS_NONE = (400, 404, 405, 501)  # what an endpoint that does not list its models says when it is asked for one
 KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)")  # the latter: a password in a URL
 
 
@@ -124,8 +125,8 @@ def unreachable(model: str) -> str:
         with _client(*access(model)) as client:
             try:
                 ask_and_block(lambda: client.models.retrieve(name_of(model)))
-            except RunStopped as error:
-                if error.status != 404:
+            except (RunStopped, CallFailed) as error:
+                if error.status not in LISTS_NONE:
                     raise
                 known = _listed(client)
                 return f"{redact(str(client.base_url))} does not have it, but {', '.join(known[:8])}" if known and name_of(model) not in known else ""
@@ -138,8 +139,8 @@ def _listed(client) -> list[str]:
     """The ids of an endpoint's models; none if it does not say."""
     try:
         return [one.id for one in ask_and_block(client.models.list)]
-    except RunStopped as error:
-        if error.status == 404:
+    except (RunStopped, CallFailed) as error:
+        if error.status in LISTS_NONE:
             return []
         raise
 
@@ -246,7 +247,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     status = status_of(error)
     if status is not None:
-        return status in (408, 409, 429) or status >= 500
+        return status in (408, 409, 429) or status >= 500 and status != 501  # not implemented, and will not be
     return isinstance(error, (openai.APIConnectionError, httpx.TransportError, httpx2.TransportError, requests.ConnectionError,
                               requests.Timeout, ConnectionError, TimeoutError))
 
@@ -264,7 +265,7 @@ def retry_after(error: BaseException) -> float | None:
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
-            return float(headers[name]) / unit
+            return max(0.0, float(headers[name]) / unit)
         except KeyError:
             continue
         except ValueError:

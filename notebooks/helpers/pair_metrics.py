@@ -3,18 +3,17 @@
 import numpy as np
 import pandas as pd
 
-from .metrics import interval, measured
+from .metrics import evaluation_of, interval, measured
 
 FLIPPED = ("corrected", "as_published")
 RATES = ("agreement_rate", "correlation", "jaccard", "coverage", "agreement_overall", "kappa")
 
 
-def _evaluation(row: dict, number: int, judge: str) -> dict:
-    given = [evaluation for evaluation in row.get("evaluations", []) if evaluation["llm"] == judge]
-    if len(given) != 1:
-        raise KeyError(f"row {number} has {len(given)} judgements by {judge!r}, expected one; it has "
-                       f"{[evaluation['llm'] for evaluation in row.get('evaluations', [])]}")
-    return given[0]
+def _verdicts(row: dict, number: int, judge: str) -> list:
+    evaluation = evaluation_of(row, number, judge)
+    if "verdicts" not in evaluation:
+        raise KeyError(f"row {number}: the judgement by {judge!r} has no 'verdicts' of both orders (the published rows do not have them)")
+    return evaluation["verdicts"]
 
 
 def pair_scores(rows: list[dict], judge: str, flipped: str = "corrected") -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +29,7 @@ def pair_scores(rows: list[dict], judge: str, flipped: str = "corrected") -> tup
         raise ValueError(f"flipped={flipped!r}: expected one of {', '.join(FLIPPED)}")
     scores, invalid = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
     for number, row in enumerate(rows):
-        evaluation = _evaluation(row, number, judge)
+        evaluation = evaluation_of(row, number, judge)
         invalid[number] = evaluation["score"] is None
         if evaluation["source"] in ("original", "flipped") and not invalid[number]:
             turn = flipped == "corrected" and evaluation["source"] == "flipped"
@@ -88,7 +87,7 @@ def compare_pair_students(rows: list[dict], teacher: str, student: str, other: s
 
     No verdict counts as no agreement. Returns how many pairs `both`, `only <student>`, `only <other>` and `neither` got
     right, the `difference` of the two rates with its 95 % interval (`low`, `high`), and the two-sided `p` of the exact McNemar
-    test (a binomial test on the pairs that only one got right).
+    test (a binomial test on the pairs that only one got right), which takes pairs for independent, as the interval does not.
     """
     from scipy.stats import binomtest
 
@@ -116,7 +115,7 @@ def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
     """
     report = {}
     for judge in judges:
-        verdicts = [_evaluation(row, number, judge)["verdicts"] for number, row in enumerate(rows)]
+        verdicts = [_verdicts(row, number, judge) for number, row in enumerate(rows)]
         read = np.array([None not in pair for pair in verdicts])
         # +1 leans to the first place, -1 to the second, 0 to neither: the two orders' verdicts, as places, add up.
         lean = np.array([np.sign(sum({"A": 1, "B": -1, "C": 0}[verdict] for verdict in pair)) if ok else 0
@@ -135,7 +134,7 @@ def order_table(rows: list[dict], judge: str) -> pd.DataFrame:
     table = pd.DataFrame(0, index=pd.Index(["first", "tie", "second"], name="original order"),
                          columns=pd.Index(["first", "tie", "second"], name="flipped order"))
     for number, row in enumerate(rows):
-        original, turned = _evaluation(row, number, judge)["verdicts"]
+        original, turned = _verdicts(row, number, judge)
         if original and turned:
             table.loc[{"A": "first", "B": "second", "C": "tie"}[original], {"A": "second", "B": "first", "C": "tie"}[turned]] += 1
     return table
@@ -147,7 +146,7 @@ def answer_lengths(row: dict) -> list[int]:
 
 
 def length_report(rows: list[dict], judges: list[str], flipped: str = "corrected") -> pd.DataFrame:
-    """Does the longer answer win? A row a judge: `decided` pairs of unequal length, and the share `longer_wins` of them with
+    """Does the longer answer win? A row a judge: `with_winner`, the pairs of unequal length in which one answer won, and the share `longer_wins` of them with
     its 95 % interval. A half would be no leaning; but the longer answer may also be the better one."""
     longer = np.array([np.sign(first - second) for first, second in map(answer_lengths, rows)])
     report = {}
@@ -159,5 +158,5 @@ def length_report(rows: list[dict], judges: list[str], flipped: str = "corrected
             decided = at[side[at] != 0]
             return np.array([(side[decided] == longer[decided]).mean() if len(decided) else np.nan])
 
-        report[judge] = {"decided": int((side != 0).sum()), **measured(rows, ("longer_wins",), share)}
+        report[judge] = {"with_winner": int((side != 0).sum()), **measured(rows, ("longer_wins",), share)}
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")

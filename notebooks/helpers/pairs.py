@@ -141,12 +141,14 @@ def untrained_pair_judges() -> dict[str, PairJudge]:
     """The pairwise judges that learn nothing.
 
     - `base`: the untrained encoder: the answer whose embedding is nearer the source's.
-    - `longer`: the answer with more words; `overlap`: with more words in common with the source (F1). Equal is a tie.
+    - `longer`: the answer with more words; `shorter`: with fewer; `overlap`: with more words in common with the source (F1). Equal is
+      a tie.
     - `first`: always the one shown first.
     """
     rules: dict[str, Callable[[Pair], str]] = {
         "base": lambda pair: _more(*(float(np.dot(*embed([pair[1], answer]))) for answer in pair[2:])),
         "longer": lambda pair: _more(*(len(answer.split()) for answer in pair[2:])),
+        "shorter": lambda pair: _more(*(-len(answer.split()) for answer in pair[2:])),
         "overlap": lambda pair: _more(*(overlap(pair[1], answer) for answer in pair[2:])),
         "first": lambda pair: "A",
     }

@@ -10,8 +10,10 @@ OF = rf"(?:\s*(?:/|out of)\s*({NUMBER})|\s*(%|per ?cent))?"
 LABEL = r"(?:(?:my|the|final|overall)\s+)*(?:score|rating|grade)\s*(?:is|of|[:=])+\s*"
 MARKS = re.compile(r"[*_`#\[\]]")  # markdown around a score says nothing about it
 SCORE_LINE = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*[.:]?$", re.I)
-SCORE_FIRST = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*[-–—:]\s+\S", re.I)
-LABELLED = re.compile(rf"\b{LABEL}({NUMBER}){OF}", re.I)
+SCORE_FIRST = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*(?::|[-–—]\s+(?!\d))\s*\S", re.I)
+# "4-5" and "3 or 4" are no score, and one that would need something is not given.
+LABELLED = re.compile(rf"\b{LABEL}({NUMBER}){OF}(?![.,]?\d)(?!\s*(?:[-–—]|to\b|or\b)\s*\d)"
+                      r"(?!\s+(?:would|could|might|requires?|needs?|is not|isn['’]t)\b)", re.I)
 
 
 def read_score(reply: str, low: float = 1, high: float = 5) -> tuple[float | None, str | None]:
@@ -39,7 +41,7 @@ def read_score(reply: str, low: float = 1, high: float = 5) -> tuple[float | Non
     if of != high:
         if low != 0 or of <= 0:
             return None, f"score out of {of:g}, expected out of {high:g}"
-        score *= high / of
+        score = score * high / of
     if not low <= score <= high:
         return None, f"score {score:g} is outside {low:g} to {high:g}"
     return score, None
@@ -110,3 +112,8 @@ def read_verdict(reply: str) -> tuple[str | None, str | None]:
     if not marked:
         return None, "no verdict in the reply"
     return None, "more than one verdict in the reply" if len(marked) > 1 else "a verdict only in passing"
+
+
+def cut_off(finish_reason: str | None) -> str | None:
+    """Why a reply cannot be trusted to be whole; None if it can. Of a score that was cut off, 4.5 may be left as 4."""
+    return f"cut off (finish_reason {finish_reason})" if finish_reason in ("length", "content_filter") else None

@@ -9,7 +9,7 @@ import pandas as pd
 from .finetuning import count_tokens
 from .grade_metrics import grading_report, probabilities_of
 from .grading import ACCEPTABLE
-from .metrics import METRICS, correctness_report, scores_of
+from .metrics import METRICS, correctness_report, evaluation_of, scores_of
 from .pair_metrics import pairwise_report
 from .snapshots import load_rows
 
@@ -39,7 +39,7 @@ def with_intervals(report: pd.DataFrame, metrics: tuple = METRICS, digits: int =
 
 def show_pair(row: dict, judge: str):
     """One pairwise judgement as a table: question, source, both answers, both verdicts and the judge's words."""
-    evaluation = next(evaluation for evaluation in row["evaluations"] if evaluation["llm"] == judge)
+    evaluation = evaluation_of(row, 0, judge)
     first, second = row["answers"]
     verdicts = " then, flipped, ".join(f"[[{verdict}]]" for verdict in evaluation["verdicts"])
     table = pd.DataFrame({"": {
@@ -73,7 +73,7 @@ def compare_designs(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-FIGURES = {"correlation": "correlation with the teacher", "agreement_overall": "agreement with the teacher", "accuracy": "accuracy"}
+FIGURES = {"correlation": "correlation with the teacher", "agreement_overall": "agreement with the teacher", "auc": "area under ROC"}
 DESIGNS = {  # stage file, what the design is, its report, headline figure, trivial judges
     "correctness": ("correction_finetuning_events.jsonl", {
         "judged": "one answer", "against": "a reference answer", "scale": "1 to 5",
@@ -82,11 +82,11 @@ DESIGNS = {  # stage file, what the design is, its report, headline figure, triv
     "pairwise": ("pairwise_finetuning_events.jsonl", {
         "judged": "two answers", "against": "each other and the source", "scale": "A, B or tie",
         "the teacher is asked": "in both orders", "learnt is": "the verdict that stands"},
-        pairwise_report, "agreement_overall", ["longer", "overlap", "first"]),
+        pairwise_report, "agreement_overall", ["longer", "shorter", "overlap", "first"]),
     "single_grading": ("single_grading_finetuning_events.jsonl", {
         "judged": "one answer", "against": "the context", "scale": "0 to 1",
         "the teacher is asked": "three times, sampled", "learnt is": "the score, or its distribution"},
-        grading_report, "accuracy", ["overlap", "longer", "constant"]),
+        grading_report, "auc", ["overlap", "longer", "constant"]),
 }
 
 
@@ -165,7 +165,10 @@ def plot_probabilities(rows: list[dict], teacher: str, judges: list[str], bins: 
     figure, (roc, reliability) = _axes(2)
     graded = scores_of(rows, teacher)
     truth = graded > ACCEPTABLE
-    for judge, color in zip(judges, (BLUE, ORANGE, GREY)):
+    colors = (BLUE, ORANGE, GREY)
+    if len(judges) > len(colors):
+        raise ValueError(f"{len(judges)} judges: expected {len(colors)} at most, or nobody can tell them apart")
+    for judge, color in zip(judges, colors):
         p = probabilities_of(rows, judge)
         valid = ~np.isnan(p) & ~np.isnan(graded)
         false, true, _ = roc_curve(truth[valid], p[valid])

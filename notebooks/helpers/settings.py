@@ -1,4 +1,4 @@
-"""Settings: all environment variables that a run heeds, and the models that play its roles."""
+"""Settings: the environment variables that say what a run does, and the models that play its roles."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def number(name: str) -> float | None:
         value = float(text) if text else None
     except ValueError:
         value = -1.0
-    if value is not None and not value > 0:
+    if value is not None and not 0 < value < float("inf"):
         raise ValueError(f"{name}={text!r}: expected a number above 0")
     return value
 

@@ -222,11 +222,11 @@ class CallLog:
                 file = self.open_to_write()
                 file.seek(self._written)
                 file.truncate()  # cuts off a torn line, or what a full disk left of the last attempt
-                file.write(self._joint + line)
+                joint = self._joint if self._written == self._end else b""  # needed again where the flush fails
+                file.write(joint + line)
                 file.flush()
-                self._unflushed[key] = self._written + len(self._joint)
+                self._unflushed[key] = self._written + len(joint)
                 self._written = self._unflushed[key] + len(line)
-                self._joint = b""
         return True
 
     def _flush(self) -> None:
@@ -243,6 +243,7 @@ class CallLog:
                 raise
             with self._lock:
                 self._index.update(batch)
+                self._joint = b""
                 self._end = self._size = max(end, self._end)
                 for key in batch:
                     self._unflushed.pop(key, None)

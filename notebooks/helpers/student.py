@@ -101,8 +101,9 @@ def featurize(items: list[Item], kinds: str) -> np.ndarray:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    from scipy.special import log_softmax
+
+    return log_softmax(logits, axis=1)
 
 
 def distillation_loss(weights: np.ndarray, x: np.ndarray, hard: np.ndarray, soft: np.ndarray, alpha: float = 1.0,
@@ -143,10 +144,17 @@ def distillation_loss(weights: np.ndarray, x: np.ndarray, hard: np.ndarray, soft
 
 
 def folds(items: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(train, held out) masks of the folds of cross-validation, seeded; items with the same question, their first part, stay together."""
-    questions = list(dict.fromkeys(item[0] for item in items))
+    """(train, held out) masks of the folds of cross-validation, seeded; items with the same question on the same evidence, their first two
+    parts, stay together.
+
+    Raises:
+        ValueError: there are not as many questions as folds.
+    """
+    questions = list(dict.fromkeys(item[:2] for item in items))
+    if len(questions) < FOLDS:
+        raise ValueError(f"{len(questions)} different questions (or references, contexts, sources) are too few to learn from: at least {FOLDS}")
     fold = dict(zip(questions, np.random.default_rng(0).permutation(len(questions)) % FOLDS))
-    fold = np.array([fold[item[0]] for item in items])
+    fold = np.array([fold[item[:2]] for item in items])
     return [(fold != k, fold == k) for k in range(FOLDS)]
 
 
@@ -213,6 +221,8 @@ class Student:
         if missing := [number for number, verdict in enumerate(verdicts) if verdict != verdict or verdict is None]:
             raise ValueError(f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave such rows out")
         soft = soft or [{verdict: 1.0} for verdict in verdicts]
+        if not items:
+            raise ValueError("no rows to learn from")
         if len(set(verdicts)) < 2:
             raise ValueError(f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell apart")
         labels = cls._labels(verdicts, soft)
@@ -303,13 +313,13 @@ class Student:
         return LocalJudge(judge, model_name=name, decimals=self._decimals())
 
     def save(self, path: str | Path) -> None:
-        """Write the student to an `.npz` file."""
-        np.savez(path, **{name: value for name, value in vars(self).items() if name != "held_out"})
+        """Write the student to an `.npz` file (the ending is added where it is missing)."""
+        np.savez(Path(path).with_suffix(".npz"), **{name: value for name, value in vars(self).items() if name != "held_out"})
 
     @classmethod
     def load(cls, path: str | Path):
         """Read what `save` wrote; nothing in the file is executed."""
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as file:
             return cls(**{**{name: file[name] for name in file.files}, "kinds": str(file["kinds"])})
 
 
