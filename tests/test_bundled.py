@@ -241,6 +241,17 @@ def test_a_notebook_is_fit_to_be_compared(path):
     assert not re.search(r"/(root|home|tmp|Users)/", path.read_text())
 
 
+def test_a_reader_s_own_notebook_is_let_be(tmp_path, monkeypatch):
+    from helpers import __main__ as command
+
+    (tmp_path / "Untitled.ipynb").write_text("{}")
+    (tmp_path / "04_more.ipynb").write_text("{}")
+    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path)
+    assert [path.name for path in command._paths([])] == ["04_more.ipynb"]
+    with pytest.raises(SystemExit, match="no notebook Untitled.ipynb; there are 04_more"):
+        command._paths(["Untitled"])
+
+
 def test_importing_the_helpers_is_cheap_and_quiet():
     program = ("import logging, sys; import helpers; heavy = {'torch', 'sklearn', 'scipy', 'matplotlib', 'openai', "
                "'llama_index.finetuning', 'sentence_transformers', 'transformers'} & set(sys.modules); "

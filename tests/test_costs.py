@@ -194,6 +194,7 @@ def test_the_check_names_all_that_is_wrong_before_anything_is_paid(tmp_path, mon
     assert not server.bodies
     monkeypatch.setenv("JUDGE_MODE", "replay")
     assert set(check_run(log, models_of(tmp_path / "other"), calls)["endpoint"][:3]) == {"not asked"}
+    assert check_run(log, {"embedding": "minilm"}, {"embedding": 9}).loc["in all", "calls at most"] == 0
 
 
 @pytest.mark.parametrize("status, said", [(401, "the key is missing or not valid"), (403, "the key may not do this"),

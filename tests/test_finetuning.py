@@ -74,10 +74,12 @@ def test_a_bad_fine_tuning_file_says_which_line(tmp_path, events, change, said):
         LocalFinetuneEngine("minilm", tmp_path / "x.jsonl").finetune()
 
 
-def test_tokens_and_cost():
+def test_tokens_and_cost(monkeypatch):
     event = {"messages": [{"role": role, "content": "one two"} for role in ("system", "user", "assistant")]}
     assert count_tokens([event] * 2) == [3 + 3 * (3 + 1 + 2)] * 2
+    monkeypatch.setenv("PRICES", "gpt-4.1=2/8/99")
     cost = training_cost([event] * 1000, epochs=3)
+    assert cost.loc["gpt-4.1", "$ per million"] == 99
     assert cost.loc["gpt-4o-mini", "tokens"] == 63_000
     assert cost.loc["gpt-4o-mini", "$"] == pytest.approx(63_000 * 3 / 1e6, abs=0.01)
 

@@ -9,13 +9,13 @@ import pytest
 from fake import FakeLive
 from helpers import (CallLog, Collected, DamagedFile, ExtractiveAnswerer, LocalFinetuneEngine, LocalJudge, SingleGradingEvaluator,
                      Student, answer_in_context, compare_designs, compare_graders, correctness_report, fill, finetuning_events,
-                     grading_report, items_of, judge_rows, load_rows, pool_samples, probabilities_of, read_prompt, read_score,
+                     grading_report, items_of, judge_rows, load_rows, plot_probabilities, pool_samples, probabilities_of, read_prompt, read_score,
                      read_score_tokens, readable_events, save_events, save_rows, score_distribution, scores_of, untrained_judges)
 from helpers import datasets, embeddings, live, metrics
 from helpers import student as student_module
 from helpers.grade_metrics import GRADES
 from helpers.grading import lower_median
-from helpers.snapshots import DATA
+from helpers.snapshots import DATA, make_row
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LogProb
 from llama_index.core.evaluation import CorrectnessEvaluator
 
@@ -515,3 +515,30 @@ def test_events_of_three_samples_stay_with_their_rows(tmp_path, grading_rows):
     assert [event["row"] for event in events] == [i for i in range(12) for _ in range(3)]
     assert all(rows[event["row"]]["response_data"]["text"] in event["messages"][1]["content"] for event in events)
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_grade_that_was_cut_off_is_invalid_for_whoever_asks(tmp_path):
+    log = CallLog(tmp_path / "c.jsonl", "record")
+    judge = SingleGradingEvaluator(log.llm("m"), "Be fair.")
+    asked = [{"role": message.role.value, "content": message.content} for message in judge.messages("Why?", CONTEXT, "So.")]
+    log.append(make_row({"model": "m", "messages": asked, "params": {}, "sample": 0}, "0.", None, "length"))
+    result = asyncio.run(judge.aevaluate(query="Why?", contexts=[CONTEXT], response="So."))
+    assert result.score is None and result.invalid_result and result.invalid_reason == "cut off (finish_reason length)"
+
+
+def test_more_judges_than_colours_are_refused(grading_rows):
+    rows = judged(grading_rows, Graded(lambda *item: 0.5))
+    with pytest.raises(ValueError, match="4 judges: expected 3 at most"):
+        plot_probabilities(rows, "t", ["t"] * 4)
+
+
+def test_a_ranking_is_compared_whatever_the_scale():
+    """A judge that says a tenth of what another says ranks the same, and is as likely to be ahead by chance."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(64):
+        truth = float(rng.random() < 0.5)
+        a, b = (float(np.clip(truth / 2 + rng.random() * spread, 0, 1)) for spread in (0.6, 1.0))
+        scores = {"t": truth, "a": a, "b": b, "tenth": b / 10}
+        rows.append({"document": f"d{i % 8}", "evaluations": [{"llm": name, "score": score} for name, score in scores.items()]})
+    plain, tenth = (compare_graders(rows, "t", "a", other).loc["auc"] for other in ("b", "tenth"))
+    assert plain[["difference", "p"]].tolist() == tenth[["difference", "p"]].tolist() and 0 < plain["difference"] and plain["p"] < 1

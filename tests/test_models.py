@@ -120,7 +120,7 @@ def test_what_a_server_may_ask_for():
 
     assert models.retry_after(Refused()) is None and models.retry_after(Refused(**{"retry-after": "7"})) == 7
     assert models.retry_after(Refused(**{"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})) == 0
-    assert models.retry_after(Refused(**{"retry-after": "soon"})) is None
+    assert models.retry_after(Refused(**{"retry-after": "soon"})) is None and models.retry_after(Refused(**{"retry-after": "-1"})) == 0
     assert models._again(Refused(**{"retry-after": "599"})) and not models._again(Refused(**{"retry-after": "601"}))
 
 

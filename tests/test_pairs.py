@@ -346,6 +346,15 @@ def test_the_pretty_table_is_the_same_each_time(pairs):
     [row] = judged(pairs[:1], PairJudge(lambda shown: ("C", "Equal."), model_name="j"))
     assert show_pair(row, "t").to_html() == show_pair(row, "t").to_html()
     assert "[[C]] then, flipped, [[C]]" in show_pair(row, "t").to_html()
+    with pytest.raises(KeyError, match="0 judgements by 'nobody'"):
+        show_pair(row, "nobody")
+
+
+def test_rows_without_both_verdicts_are_named():
+    published = load_rows(DATA / "pairwise" / "published_verdicts.jsonl")
+    for report in (lambda: position_report(published, ["gpt_4"]), lambda: order_table(published, "gpt_4")):
+        with pytest.raises(KeyError, match="row 0: the judgement by 'gpt_4' has no 'verdicts'"):
+            report()
 
 
 # The published run
