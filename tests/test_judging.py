@@ -28,6 +28,7 @@ def test_what_is_fairly_readable_is_read(reply, score):
     ("8/10", "score out of 10, expected out of 5"), ("between 2 and 3", "no score in the reply"), ("four", "no score in the reply"),
     ("4 - 5", "no score in the reply"), ("Score: 4-5", "no score in the reply"), ("Score: 3 or 4", "no score in the reply"),
     ("My score is 3 to 4.", "no score in the reply"), ("Score: 4.5.1", "no score in the reply"),
+    ("4:30 is when it opens", "no score in the reply"),
     ("A score of 5 would need all three dates; this answer has one.", "no score in the reply"),
     ("A score of 5 is not deserved.", "no score in the reply"),
 ])

@@ -74,10 +74,10 @@ def test_twice_trained_is_the_same_to_the_bit(bundled, trained):
 
 
 def test_saved_and_loaded_it_judges_the_same(bundled, trained, tmp_path):
-    trained.save(tmp_path / "student")
-    loaded = Student.load(tmp_path / "student")
+    trained.save(tmp_path / "student.v2")
+    loaded = Student.load(tmp_path / "student.v2")
     assert (loaded.scores(bundled[1][0]) == trained.scores(bundled[1][0])).all()
-    with np.load(tmp_path / "student.npz", allow_pickle=False) as file:
+    with np.load(tmp_path / "student.v2.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["kinds", "labels", "mean", "scale", "weights"]
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import warnings
-from pathlib import Path
 
 from llama_index.core.readers.base import BaseReader
 from llama_index.core.schema import Document

@@ -146,8 +146,8 @@ def answer_lengths(row: dict) -> list[int]:
 
 
 def length_report(rows: list[dict], judges: list[str], flipped: str = "corrected") -> pd.DataFrame:
-    """Does the longer answer win? A row a judge: `with_winner`, the pairs of unequal length in which one answer won, and the share `longer_wins` of them with
-    its 95 % interval. A half would be no leaning; but the longer answer may also be the better one."""
+    """Does the longer answer win? A row a judge: `with_winner`, the pairs of unequal length in which one answer won, and the share
+    `longer_wins` of them with its 95 % interval. A half would be no leaning; but the longer answer may also be the better one."""
     longer = np.array([np.sign(first - second) for first, second in map(answer_lengths, rows)])
     report = {}
     for judge in judges:

@@ -10,7 +10,7 @@ OF = rf"(?:\s*(?:/|out of)\s*({NUMBER})|\s*(%|per ?cent))?"
 LABEL = r"(?:(?:my|the|final|overall)\s+)*(?:score|rating|grade)\s*(?:is|of|[:=])+\s*"
 MARKS = re.compile(r"[*_`#\[\]]")  # markdown around a score says nothing about it
 SCORE_LINE = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*[.:]?$", re.I)
-SCORE_FIRST = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*(?::|[-–—]\s+(?!\d))\s*\S", re.I)
+SCORE_FIRST = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*(?::\s+|[-–—]\s+(?!\d))\S", re.I)
 # "4-5" and "3 or 4" are no score, and one that would need something is not given.
 LABELLED = re.compile(rf"\b{LABEL}({NUMBER}){OF}(?![.,]?\d)(?!\s*(?:[-–—]|to\b|or\b)\s*\d)"
                       r"(?!\s+(?:would|could|might|requires?|needs?|is not|isn['’]t)\b)", re.I)

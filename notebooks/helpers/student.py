@@ -314,12 +314,12 @@ class Student:
 
     def save(self, path: str | Path) -> None:
         """Write the student to an `.npz` file (the ending is added where it is missing)."""
-        np.savez(Path(path).with_suffix(".npz"), **{name: value for name, value in vars(self).items() if name != "held_out"})
+        np.savez(path, **{name: value for name, value in vars(self).items() if name != "held_out"})
 
     @classmethod
     def load(cls, path: str | Path):
         """Read what `save` wrote; nothing in the file is executed."""
-        with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as file:
+        with np.load(str(path).removesuffix(".npz") + ".npz", allow_pickle=False) as file:
             return cls(**{**{name: file[name] for name in file.files}, "kinds": str(file["kinds"])})
 
 
