@@ -172,6 +172,7 @@ def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, basis: np.ndarra
     `basis`, (weights, parameters), ties weights together: the weights searched are basis @ parameters.
     """
     from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
 
     shape = x.shape[1] + 1, hard.shape[1]
 
@@ -182,7 +183,9 @@ def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, basis: np.ndarra
         return value, basis.T @ gradient
 
     start = np.zeros(np.prod(shape) if basis is None else basis.shape[1])
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7}).x
+    # The matrices are tiny: more BLAS threads would only wait for one another, and cost ten times the processor time.
+    with threadpool_limits(1, user_api="blas"):
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7}).x
     return (found if basis is None else basis @ found).reshape(shape)
 
 
