@@ -23,20 +23,39 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 
-from helpers import (CallLog, Student, embed, finetuning_events, items_of, judge_rows, live, load_rows, local_embedding, score_distribution,
-                     scores_of, untrained_judges)
-from helpers.snapshots import DATA, ROOT, make_row
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.evaluation import BatchEvalRunner, CorrectnessEvaluator
 from llama_index.llms.openai import OpenAI
 from server import Server
 
+from helpers import (
+    CallLog,
+    Student,
+    embed,
+    finetuning_events,
+    items_of,
+    judge_rows,
+    live,
+    load_rows,
+    local_embedding,
+    score_distribution,
+    scores_of,
+    untrained_judges,
+)
+from helpers.snapshots import DATA, ROOT, make_row
+
 missed = []
 
 
-def show(what: str, figure: float, unit: str, limit: float | None = None, more_is_better: bool = False) -> None:
+def show(
+    what: str, figure: float, unit: str, limit: float | None = None, more_is_better: bool = False
+) -> None:
     good = limit is None or (figure >= limit if more_is_better else figure <= limit)
-    bound = "" if limit is None else f"   ({'at least' if more_is_better else 'at most'} {limit:,.6g}{'' if good else ': MISSED'})"
+    bound = (
+        ""
+        if limit is None
+        else f"   ({'at least' if more_is_better else 'at most'} {limit:,.6g}{'' if good else ': MISSED'})"
+    )
     print(f"  {what:<62}{figure:>12,.2f} {unit}{bound}", flush=True)
     if not good:
         missed.append(what)
@@ -49,14 +68,23 @@ def seconds(job) -> float:
 
 
 def call(i: int) -> dict:
-    return {"model": "m", "messages": [{"role": "system", "content": "You judge. " * 60}, {"role": "user", "content": f"Row {i}. " * 40}],
-            "params": {"temperature": 0}, "sample": 0}
+    return {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "You judge. " * 60},
+            {"role": "user", "content": f"Row {i}. " * 40},
+        ],
+        "params": {"temperature": 0},
+        "sample": 0,
+    }
 
 
 def write_log(path: Path, rows: int) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for i in range(rows):
-            file.write(json.dumps(make_row(call(i), f"{1 + i % 5}\nBecause of this and that, {i}.")) + "\n")
+            file.write(
+                json.dumps(make_row(call(i), f"{1 + i % 5}\nBecause of this and that, {i}.")) + "\n"
+            )
 
 
 OPENING = """
@@ -72,7 +100,13 @@ print(took, (psutil.Process().memory_info().rss - before) / 1e6, len(log))
 
 def opening(path: Path) -> tuple[float, float]:
     """(seconds, MB) that opening a log takes, in a process of its own."""
-    run = subprocess.run([sys.executable, "-c", OPENING, str(path)], capture_output=True, text=True, check=True, cwd=ROOT / "notebooks")
+    run = subprocess.run(
+        [sys.executable, "-c", OPENING, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT / "notebooks",
+    )
     took, memory, _ = map(float, run.stdout.split())
     return took, memory
 
@@ -86,15 +120,29 @@ def replay() -> None:
         (half_time, _), (whole_time, memory) = opening(half), opening(whole)
         show("size of the log", whole.stat().st_size / 1e6, "MB")
         show("opening it: memory", memory, "MB", 300)
-        show("opening it: time, against a log of half the length", whole_time / half_time, "times", 2.4)
+        show(
+            "opening it: time, against a log of half the length",
+            whole_time / half_time,
+            "times",
+            2.4,
+        )
         llm = CallLog(whole, "replay").llm("m", params={"temperature": 0})
-        prompts = [[ChatMessage(role=m["role"], content=m["content"]) for m in call(i * 49)["messages"]] for i in range(2000)]
+        prompts = [
+            [ChatMessage(role=m["role"], content=m["content"]) for m in call(i * 49)["messages"]]
+            for i in range(2000)
+        ]
 
         async def ask() -> None:
             for messages in prompts:
                 await llm.achat(messages)
 
-        show("answers", len(prompts) / seconds(lambda: asyncio.run(ask())), "a second", 2000, more_is_better=True)
+        show(
+            "answers",
+            len(prompts) / seconds(lambda: asyncio.run(ask())),
+            "a second",
+            2000,
+            more_is_better=True,
+        )
 
 
 def student() -> None:
@@ -102,7 +150,9 @@ def student() -> None:
     train = load_rows(DATA / "correctness" / "train_qa.jsonl")[:79]
     rows = load_rows(DATA / "correctness" / "test_qa_complete.jsonl")
     items, scores = items_of(train), scores_of(train, "teacher")
-    embed(["start the encoder"])  # what it embeds here comes with the snapshot, and is timed by the encoder itself
+    embed(
+        ["start the encoder"]
+    )  # what it embeds here comes with the snapshot, and is timed by the encoder itself
     encode = local_embedding().encoder.get_text_embedding_batch
     texts = [text for item in items for text in item]
     show("embedding the texts of 79 events", seconds(lambda: encode(texts)), "s")
@@ -111,13 +161,23 @@ def student() -> None:
     many = items_of(rows) * 50
     embedding = seconds(lambda: encode([text for item in items_of(rows) for text in item]))
     show(f"embedding the texts of {len(rows)} rows to judge", embedding, "s")
-    show("judging in one batch, texts embedded", len(many) / seconds(lambda: taught[0].scores(many)), "rows a second", 1000, True)
+    show(
+        "judging in one batch, texts embedded",
+        len(many) / seconds(lambda: taught[0].scores(many)),
+        "rows a second",
+        1000,
+        True,
+    )
 
     def one_by_one(llm) -> None:
         asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="bench"))
 
     plain = seconds(lambda: one_by_one(untrained_judges(3.0)["constant"]))
-    show("one by one through CorrectnessEvaluator, against a constant judge", seconds(lambda: one_by_one(taught[0].llm())) / plain, "times")
+    show(
+        "one by one through CorrectnessEvaluator, against a constant judge",
+        seconds(lambda: one_by_one(taught[0].llm())) / plain,
+        "times",
+    )
     with finetuning_events():
         recorded = seconds(lambda: one_by_one(untrained_judges(3.0)["constant"]))
     show("keeping the events of a judge, against not keeping them", recorded / plain, "times")
@@ -132,7 +192,11 @@ def soft_targets() -> None:
 
     def train(times: int, alpha: float) -> float:
         # Questions of their own in each copy, so that cross-validation parts them as it does others.
-        many = [(f"{question} {copy}", context, answer) for copy in range(times) for question, context, answer in items]
+        many = [
+            (f"{question} {copy}", context, answer)
+            for copy in range(times)
+            for question, context, answer in items
+        ]
         embed([question for question, _, _ in many])
         return seconds(lambda: Student.fit(many, scores * times, soft * times, alpha))
 
@@ -143,7 +207,14 @@ def soft_targets() -> None:
 
 def notebooks() -> None:
     print("The notebooks, from clean kernels, all at once")
-    run = seconds(lambda: subprocess.run([sys.executable, "-m", "helpers", "run"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT / "notebooks"))
+    run = seconds(
+        lambda: subprocess.run(
+            [sys.executable, "-m", "helpers", "run"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=ROOT / "notebooks",
+        )
+    )
     show("make run", run, "s", 120)
 
 
@@ -154,8 +225,12 @@ class Loopback:
         self.delay = delay
 
     def __enter__(self) -> str:
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("server.py")), str(self.delay)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("server.py")), str(self.delay)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         return self.process.stdout.readline().strip()
 
     def __exit__(self, *_) -> None:
@@ -167,8 +242,14 @@ class Loopback:
 def fresh_rows(count: int) -> list[dict]:
     """Rows that nobody has asked about before."""
     start = next(numbers) * 100_000
-    return [{"question": f"Question {start + i}?", "reference": "It is so. " * 20, "response_data": {"text": f"Answer {i}. " * 10}}
-            for i in range(count)]
+    return [
+        {
+            "question": f"Question {start + i}?",
+            "reference": "It is so. " * 20,
+            "response_data": {"text": f"Answer {i}. " * 10},
+        }
+        for i in range(count)
+    ]
 
 
 numbers = itertools.count()
@@ -179,7 +260,11 @@ async def bare_gather(evaluator: CorrectnessEvaluator, rows: list[dict], concurr
 
     async def one(row: dict) -> None:
         async with gate:
-            await evaluator.aevaluate(query=row["question"], response=row["response_data"]["text"], reference=row["reference"])
+            await evaluator.aevaluate(
+                query=row["question"],
+                response=row["response_data"]["text"],
+                reference=row["reference"],
+            )
 
     await asyncio.gather(*map(one, rows))
 
@@ -190,8 +275,11 @@ async def in_turn(evaluator: CorrectnessEvaluator, rows: list[dict], concurrency
 
 async def by_runner(evaluator: CorrectnessEvaluator, rows: list[dict], concurrency: int) -> None:
     runner = BatchEvalRunner({"correctness": evaluator}, workers=concurrency)
-    await runner.aevaluate_response_strs(queries=[row["question"] for row in rows], response_strs=[row["response_data"]["text"] for row in rows],
-                                         reference=[row["reference"] for row in rows])
+    await runner.aevaluate_response_strs(
+        queries=[row["question"] for row in rows],
+        response_strs=[row["response_data"]["text"] for row in rows],
+        reference=[row["reference"] for row in rows],
+    )
 
 
 async def raw(url: str, rows: list[dict], concurrency: int) -> None:
@@ -200,7 +288,10 @@ async def raw(url: str, rows: list[dict], concurrency: int) -> None:
     async with aiohttp.ClientSession() as session:
 
         async def one(row: dict) -> None:
-            body = {"model": "m", "messages": [{"role": "user", "content": json.dumps(row) + "You judge. " * 100}]}
+            body = {
+                "model": "m",
+                "messages": [{"role": "user", "content": json.dumps(row) + "You judge. " * 100}],
+            }
             async with gate, session.post(url + "/chat/completions", json=body) as response:
                 await response.json()
 
@@ -210,10 +301,14 @@ async def raw(url: str, rows: list[dict], concurrency: int) -> None:
 def live_calls() -> None:
     """Calls that take a while, so many at once: wall time against the limit, calls * delay / concurrency. The machine is shared, so
     each is the best of several rounds."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # LlamaIndex's clients complain when their event loop closes
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL
+    )  # LlamaIndex's clients complain when their event loop closes
     for delay, calls, concurrency, rounds in ((0.2, 128, 16, 5), (1.0, 256, 64, 5)):
         limit = calls * delay / concurrency
-        print(f"{calls} live calls of {delay:g} s, {concurrency} at once: times the limit of {limit:g} s, best of {rounds}")
+        print(
+            f"{calls} live calls of {delay:g} s, {concurrency} at once: times the limit of {limit:g} s, best of {rounds}"
+        )
         walls, processor = {}, {}
 
         async def measure(name: str, job) -> None:
@@ -224,20 +319,41 @@ def live_calls() -> None:
 
         async def rounds_of_all(url: str, folder: str) -> None:
             log = CallLog(Path(folder) / "calls.jsonl", "record")
-            logged = CorrectnessEvaluator(llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0}))
+            logged = CorrectnessEvaluator(
+                llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0})
+            )
             endpoint = CorrectnessEvaluator(llm=live(f"gpt-4.1@{url}")())
             theirs = CorrectnessEvaluator(llm=OpenAI(model="gpt-4.1", api_base=url, api_key="none"))
             await judge_rows(fresh_rows(concurrency), logged, name="warm", concurrency=concurrency)
             for _ in range(rounds):
-                await measure("judge_rows, with the log", judge_rows(fresh_rows(calls), logged, name="t", concurrency=concurrency))
-                await measure("a bare gather of the evaluator, our endpoint", bare_gather(endpoint, fresh_rows(calls), concurrency))
-                await measure("a bare gather of the evaluator, LlamaIndex's", bare_gather(theirs, fresh_rows(calls), concurrency))
-                await measure("LlamaIndex's BatchEvalRunner", by_runner(theirs, fresh_rows(calls), concurrency))
+                await measure(
+                    "judge_rows, with the log",
+                    judge_rows(fresh_rows(calls), logged, name="t", concurrency=concurrency),
+                )
+                await measure(
+                    "a bare gather of the evaluator, our endpoint",
+                    bare_gather(endpoint, fresh_rows(calls), concurrency),
+                )
+                await measure(
+                    "a bare gather of the evaluator, LlamaIndex's",
+                    bare_gather(theirs, fresh_rows(calls), concurrency),
+                )
+                await measure(
+                    "LlamaIndex's BatchEvalRunner",
+                    by_runner(theirs, fresh_rows(calls), concurrency),
+                )
                 await measure("aiohttp alone", raw(url, fresh_rows(calls), concurrency))
             if delay < 1:
-                await measure("one after the other, as the originals", in_turn(theirs, fresh_rows(calls), concurrency))
+                await measure(
+                    "one after the other, as the originals",
+                    in_turn(theirs, fresh_rows(calls), concurrency),
+                )
 
-        with Loopback(delay) as url, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        with (
+            Loopback(delay) as url,
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             asyncio.run(rounds_of_all(url, folder))
         for name, wall in walls.items():
             show(name, wall / limit, "times", 1.15 if name.startswith("judge_rows") else None)
@@ -252,16 +368,27 @@ def where_it_goes() -> None:
         return next(filter(None, found.groups())) if found else "Python"
 
     async def profiled(url: str, folder: str) -> pstats.Stats:
-        judge = CorrectnessEvaluator(llm=CallLog(Path(folder) / "calls.jsonl", "record").llm("gpt-4.1", live(f"gpt-4.1@{url}")))
+        judge = CorrectnessEvaluator(
+            llm=CallLog(Path(folder) / "calls.jsonl", "record").llm(
+                "gpt-4.1", live(f"gpt-4.1@{url}")
+            )
+        )
         await judge_rows(fresh_rows(64), judge, name="warm", concurrency=64)
-        rows, profile = fresh_rows(256), cProfile.Profile(time.process_time)  # which stands still while calls wait
+        rows, profile = (
+            fresh_rows(256),
+            cProfile.Profile(time.process_time),
+        )  # which stands still while calls wait
         profile.enable()
         await judge_rows(rows, judge, name="t", concurrency=64)
         profile.disable()
         return pstats.Stats(profile)
 
     print("Where the processor time of a logged call goes")
-    with Loopback(0) as url, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    with (
+        Loopback(0) as url,
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         stats = asyncio.run(profiled(url, folder)).stats
     shares = Counter()
     for function, (_, _, own, _, callers) in stats.items():
@@ -277,7 +404,10 @@ def where_it_goes() -> None:
 def log_cost() -> None:
     print("The log's own cost when recording: 1,000 rows by 16 tasks, flushed to this disk")
     with tempfile.TemporaryDirectory() as folder:
-        numbered = [make_row(call(i), "4.0\nBecause.", {"prompt_tokens": 1, "completion_tokens": 1}) for i in range(1000)]
+        numbered = [
+            make_row(call(i), "4.0\nBecause.", {"prompt_tokens": 1, "completion_tokens": 1})
+            for i in range(1000)
+        ]
 
         async def write(log: CallLog) -> None:
             gate = asyncio.Semaphore(16)
@@ -288,10 +418,17 @@ def log_cost() -> None:
 
             await asyncio.gather(*map(one, numbered))
 
-        grouped = min(seconds(lambda i=i: asyncio.run(write(CallLog(Path(folder) / f"{i}.jsonl", "record")))) for i in range(3))
+        grouped = min(
+            seconds(lambda i=i: asyncio.run(write(CallLog(Path(folder) / f"{i}.jsonl", "record"))))
+            for i in range(3)
+        )
         show("a row, flushes shared", grouped, "ms", 1)
         one_by_one = CallLog(Path(folder) / "one.jsonl", "record")
-        show("a row, each flushed by itself", seconds(lambda: [one_by_one.append(row) for row in numbered]), "ms")
+        show(
+            "a row, each flushed by itself",
+            seconds(lambda: [one_by_one.append(row) for row in numbered]),
+            "ms",
+        )
 
 
 RESUMING = """
@@ -318,18 +455,29 @@ def resuming() -> None:
         environment = {**os.environ, "OPENAI_API_KEY": "none", "JUDGE_MODE": "record"}
 
         def start(count: int, path: Path) -> subprocess.Popen:
-            return subprocess.Popen([sys.executable, "-c", RESUMING, str(path), server.url, str(count)], stdout=subprocess.PIPE,
-                                    stderr=subprocess.DEVNULL, text=True, cwd=ROOT / "notebooks", env=environment)
+            return subprocess.Popen(
+                [sys.executable, "-c", RESUMING, str(path), server.url, str(count)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                cwd=ROOT / "notebooks",
+                env=environment,
+            )
 
         few = start(calls // 4, Path(folder) / "few.jsonl")
         _, small = map(float, few.communicate()[0].split())
         path = Path(folder) / "calls.jsonl"
 
         def asked() -> int:
-            return sum("Question " in body["messages"][-1]["content"] for body in server.bodies) - calls // 4
+            return (
+                sum("Question " in body["messages"][-1]["content"] for body in server.bodies)
+                - calls // 4
+            )
 
         first = start(calls, path)
-        while first.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < calls / 2):
+        while first.poll() is None and (
+            not path.exists() or path.read_bytes().count(b"\n") < calls / 2
+        ):
             time.sleep(0.2)
         first.kill()
         first.communicate()
@@ -341,10 +489,20 @@ def resuming() -> None:
         done, large = map(float, second.communicate()[0].split())
         show("answered before the kill", held, "calls")
         show("under way at the kill", sent - held, "calls", 32)
-        show("sent by the second run, less what was missing", asked() - sent - (calls - held), "calls", 0)
+        show(
+            "sent by the second run, less what was missing",
+            asked() - sent - (calls - held),
+            "calls",
+            0,
+        )
         show("rows in the end, less all", done - calls, "rows", 0)
         show("memory of a quarter of the calls", small, "MB")
-        show("memory of all, a row's result and its place in the log", 1000 * large / calls, "KB a row", 3)
+        show(
+            "memory of all, a row's result and its place in the log",
+            1000 * large / calls,
+            "KB a row",
+            3,
+        )
 
 
 if __name__ == "__main__":

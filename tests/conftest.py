@@ -27,7 +27,11 @@ def no_network(monkeypatch):
     connect = socket.socket.connect
 
     def guarded(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
             raise AssertionError(f"a test reached for {address}")
         return connect(self, address)
 
@@ -43,5 +47,12 @@ def short_waits(monkeypatch):
 @pytest.fixture
 def rows():
     """Twelve correctness rows on three documents."""
-    return [{"question": f"Question {i}?", "reference": f"The reference number {i}.", "document": f"document {i % 3}",
-             "response_data": {"model": "m", "text": f"The answer number {i}.", "context": "..."}} for i in range(12)]
+    return [
+        {
+            "question": f"Question {i}?",
+            "reference": f"The reference number {i}.",
+            "document": f"document {i % 3}",
+            "response_data": {"model": "m", "text": f"The answer number {i}.", "context": "..."},
+        }
+        for i in range(12)
+    ]

@@ -5,7 +5,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    LLMMetadata,
+)
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms import CustomLLM
 
@@ -41,7 +46,12 @@ class FakeLive(CustomLLM):
                 file.write(digest + "\n")
         if self.broken and self.broken in text:
             raise ConnectionError("the line is dead")
-        return ChatResponse(message=ChatMessage(role="assistant", content=f"{1 + int(digest[:4], 16) % 9 / 2}\nBecause {digest[:8]}."))
+        return ChatResponse(
+            message=ChatMessage(
+                role="assistant",
+                content=f"{1 + int(digest[:4], 16) % 9 / 2}\nBecause {digest[:8]}.",
+            )
+        )
 
     async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         response = self.chat(messages)
@@ -51,7 +61,9 @@ class FakeLive(CustomLLM):
         return response
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return CompletionResponse(text=self.chat([ChatMessage(role="user", content=prompt)]).message.content)
+        return CompletionResponse(
+            text=self.chat([ChatMessage(role="user", content=prompt)]).message.content
+        )
 
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any):
         raise NotImplementedError

@@ -6,12 +6,22 @@ import json
 import nbformat
 import pytest
 from conftest import ROOT
-from helpers import __main__ as command
-from helpers import CallFailed, CallLog, Collected, RunStopped, cost_table, judge_rows, live, load_rows
-from helpers.batch import answer_requests
-from helpers.models import MAX_TOKENS
 from llama_index.core.evaluation import CorrectnessEvaluator, PairwiseComparisonEvaluator
 from server import Server, answer
+
+from helpers import (
+    CallFailed,
+    CallLog,
+    Collected,
+    RunStopped,
+    cost_table,
+    judge_rows,
+    live,
+    load_rows,
+)
+from helpers import __main__ as command
+from helpers.batch import answer_requests
+from helpers.models import MAX_TOKENS
 
 CREATED = ("POST", "/v1/batches")
 
@@ -36,7 +46,7 @@ def judged(rows, path, personas=("", "-terse"), model="gpt-4.1"):
         done = []
         for i, persona in enumerate(personas):
             llm = log.llm(model.split("@")[0] + persona, live(model), params={"temperature": 0})
-            done += [judge_rows(rows[i::len(personas)], CorrectnessEvaluator(llm=llm), name="t")]
+            done += [judge_rows(rows[i :: len(personas)], CorrectnessEvaluator(llm=llm), name="t")]
         results = await asyncio.gather(*done, return_exceptions=True)
         if stopped := next((one for one in results if isinstance(one, BaseException)), None):
             raise stopped
@@ -58,20 +68,34 @@ def server(monkeypatch):
         yield running
 
 
-def test_requests_go_out_under_the_model_s_own_id_and_come_back_in_any_order(rows, path, server, monkeypatch, capsys):
+def test_requests_go_out_under_the_model_s_own_id_and_come_back_in_any_order(
+    rows, path, server, monkeypatch, capsys
+):
     log = collected(rows, path)
     assert answer_requests(log) == [] and len(log) == 12
     [batch] = server.batches.values()
     sent = [json.loads(line) for line in server.files[batch["input"]].splitlines()]
-    assert {line["body"]["model"] for line in sent} == {"gpt-4.1"} and {line["body"]["max_tokens"] for line in sent} == {MAX_TOKENS}
-    assert sorted(line["custom_id"] for line in sent) == sorted(request["custom_id"] for request in load_rows(log.requests_path))
-    assert {row["model"] for row in load_rows(path)} == {"gpt-4.1", "gpt-4.1-terse"} and max(server.asked.values()) == 1
+    assert {line["body"]["model"] for line in sent} == {"gpt-4.1"} and {
+        line["body"]["max_tokens"] for line in sent
+    } == {MAX_TOKENS}
+    assert sorted(line["custom_id"] for line in sent) == sorted(
+        request["custom_id"] for request in load_rows(log.requests_path)
+    )
+    assert {row["model"] for row in load_rows(path)} == {"gpt-4.1", "gpt-4.1-terse"} and max(
+        server.asked.values()
+    ) == 1
     done = judged(rows, path)
     for row in done:  # the server's replies depend on the prompt: each came to its row
-        body = next(body for body in server.bodies if row["question"] in body["messages"][-1]["content"])
+        body = next(
+            body for body in server.bodies if row["question"] in body["messages"][-1]["content"]
+        )
         assert row["evaluations"][0]["text"] == server.reply(body["messages"])
     said = capsys.readouterr().out
-    for part in ("batch batch_1 of 12 requests to gpt-4.1: started", "batch_1: in_progress, 0 of 12 answered", "batch_1: completed"):
+    for part in (
+        "batch batch_1 of 12 requests to gpt-4.1: started",
+        "batch_1: in_progress, 0 of 12 answered",
+        "batch_1: completed",
+    ):
         assert part in said, said
 
 
@@ -81,7 +105,9 @@ def test_a_batch_costs_half(rows, path, server, monkeypatch):
     answer_requests(log)
     usage = [row["usage"] for row in load_rows(path)]
     full = sum(2 * one["prompt_tokens"] + 8 * one["completion_tokens"] for one in usage) / 1e6
-    assert CallLog(path).ledger.spent() == pytest.approx(full / 2) and cost_table(log)["$"]["in all"].item() == pytest.approx(full / 2, abs=1e-4)
+    assert CallLog(path).ledger.spent() == pytest.approx(full / 2) and cost_table(log)["$"][
+        "in all"
+    ].item() == pytest.approx(full / 2, abs=1e-4)
 
 
 def test_an_interrupted_wait_is_picked_up_by_its_id(rows, path, server, monkeypatch, capsys):
@@ -95,7 +121,10 @@ def test_an_interrupted_wait_is_picked_up_by_its_id(rows, path, server, monkeypa
         with pytest.raises(KeyboardInterrupt):
             answer_requests(log)
     assert answer_requests(collected(rows, path)) == []
-    assert server.requests.count(CREATED) == 1 and "batch batch_1 of 12 requests to gpt-4.1: picked up" in capsys.readouterr().out
+    assert (
+        server.requests.count(CREATED) == 1
+        and "batch batch_1 of 12 requests to gpt-4.1: picked up" in capsys.readouterr().out
+    )
     judged(rows, path)
 
 
@@ -118,10 +147,18 @@ def test_what_a_killed_fill_left_is_taken_from_the_same_batch(rows, path, server
 
 
 def test_one_request_that_failed_is_told_and_sent_anew(rows, path, server):
-    server.fault = lambda body, before: answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] and len(server.batches) == 1 else None
+    server.fault = lambda body, before: (
+        answer(400, "No.")
+        if "Question 5?" in body["messages"][-1]["content"] and len(server.batches) == 1
+        else None
+    )
     wrong = answer_requests(log := collected(rows, path))
     assert len(log) == 11 and len(wrong) == 1 and "failed" in wrong[0] and "No." in wrong[0]
-    assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 2 and len(server.bodies) == 13
+    assert (
+        answer_requests(collected(rows, path)) == []
+        and len(server.batches) == 2
+        and len(server.bodies) == 13
+    )
     judged(rows, path)
 
 
@@ -136,73 +173,123 @@ def test_a_batch_that_expires_keeps_what_it_answered(rows, path, server):
 
 def test_a_batch_that_fails_says_why_and_the_next_run_starts_anew(rows, path, server):
     server.batch = ("validating", "failed")
-    with pytest.raises(RunStopped, match=r"batch batch_1 failed: This line is not JSON. \(line 3\)"):
+    with pytest.raises(
+        RunStopped, match=r"batch batch_1 failed: This line is not JSON. \(line 3\)"
+    ):
         answer_requests(collected(rows, path))
     server.batch = ("completed",)
     assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 2
 
 
 def test_a_batch_is_started_once_whatever_becomes_of_the_reply(rows, path, server):
-    server.gate = lambda method, path, before: "lost" if (method, path) == CREATED and before == 0 else None
-    assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 1 and len(server.bodies) == 12
+    server.gate = lambda method, path, before: (
+        "lost" if (method, path) == CREATED and before == 0 else None
+    )
+    assert (
+        answer_requests(collected(rows, path)) == []
+        and len(server.batches) == 1
+        and len(server.bodies) == 12
+    )
 
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_a_batch_is_paid_once_wherever_the_run_is_interrupted(rows, path, server, lists):
     """The reply to its start is lost, and then the service is gone; or it is gone before the start."""
+
     def gate(method, path, before):
         if (method, path) == CREATED and lists:
             return "lost" if before == 0 else None
         return answer(503, "Sorry") if path == CREATED[1] else None
 
-    server.gate = gate if not lists else lambda method, path, before: gate(method, path, before) or (
-        answer(503, "Sorry") if (method, path) == ("GET", CREATED[1]) else None)
+    server.gate = (
+        gate
+        if not lists
+        else lambda method, path, before: (
+            gate(method, path, before)
+            or (answer(503, "Sorry") if (method, path) == ("GET", CREATED[1]) else None)
+        )
+    )
     with pytest.raises(CallFailed):
         answer_requests(collected(rows, path))
     server.gate = None
-    assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 1 and len(server.bodies) == 12
+    assert (
+        answer_requests(collected(rows, path)) == []
+        and len(server.batches) == 1
+        and len(server.bodies) == 12
+    )
 
 
 def test_a_service_that_is_gone_while_we_wait_is_looked_for_again(rows, path, server, capsys):
-    server.gate = lambda method, path, before: answer(503, "Sorry") if "batch_1" in path and before < 8 else None
-    assert answer_requests(collected(rows, path)) == [] and "not seen (InternalServerError" in capsys.readouterr().out
+    server.gate = lambda method, path, before: (
+        answer(503, "Sorry") if "batch_1" in path and before < 8 else None
+    )
+    assert (
+        answer_requests(collected(rows, path)) == []
+        and "not seen (InternalServerError" in capsys.readouterr().out
+    )
 
 
 def test_a_batch_of_another_account_is_named_with_its_note(rows, path, server, monkeypatch):
     log = collected(rows, path)
     with monkeypatch.context() as patch:
-        patch.setattr("helpers.batch.time.sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "helpers.batch.time.sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             answer_requests(log)
     server.batches.clear()
-    with pytest.raises(RunStopped, match="batch_1 is not known to this account. Delete .*batches.json"):
+    with pytest.raises(
+        RunStopped, match="batch_1 is not known to this account. Delete .*batches.json"
+    ):
         answer_requests(collected(rows, path))
     log.close()
     # Meanwhile a live run would ask the same calls again.
     monkeypatch.setenv("JUDGE_MODE", "record")
-    with pytest.raises(RunStopped, match="batches are under way, which ask the same calls; `make batch` picks them up"):
+    with pytest.raises(
+        RunStopped,
+        match="batches are under way, which ask the same calls; `make batch` picks them up",
+    ):
         judged(rows, path, model=f"gpt-4.1@{server.url}")
     assert not server.bodies
 
 
 def test_odd_line_ends_and_refusals_in_a_batch_s_results(rows, path, server, monkeypatch):
     server.reply = lambda messages: "4.0\nIt is\u2028so\x0band so."
-    server.fault = lambda body, before: {"content": None, "refusal": "No."} if "Question 3?" in body["messages"][-1]["content"] else None
+    server.fault = lambda body, before: (
+        {"content": None, "refusal": "No."}
+        if "Question 3?" in body["messages"][-1]["content"]
+        else None
+    )
     keep = server._keep
-    server._keep = lambda content, purpose: keep("".join(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in content.splitlines())
-                                                .encode() + b"not json\n" if purpose == "batch_output" else content, purpose)
+    server._keep = lambda content, purpose: keep(
+        "".join(
+            json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in content.splitlines()
+        ).encode()
+        + b"not json\n"
+        if purpose == "batch_output"
+        else content,
+        purpose,
+    )
     [wrong] = answer_requests(log := collected(rows, path))
     assert "a line that is no result" in wrong and len(log) == 12
     log.close()
     done = judged(rows, path)
-    assert [row["evaluations"][0].get("invalid") for row in done if row["question"] == "Question 3?"] == ["empty reply"]
+    assert [
+        row["evaluations"][0].get("invalid") for row in done if row["question"] == "Question 3?"
+    ] == ["empty reply"]
     assert sum(row["evaluations"][0]["score"] == 4 for row in done) == 11
 
 
 def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
     log = collected(rows, path)
-    for name, value, said in (("BUDGET_CALLS", "11", "12 more calls on 0 are over the budget of 11"),
-                              ("BUDGET_DOLLARS", "0.001", r"this batch may cost \$0.0\d+, and \$0.0000 of the budget of \$0.001 is spent")):
+    for name, value, said in (
+        ("BUDGET_CALLS", "11", "12 more calls on 0 are over the budget of 11"),
+        (
+            "BUDGET_DOLLARS",
+            "0.001",
+            r"this batch may cost \$0.0\d+, and \$0.0000 of the budget of \$0.001 is spent",
+        ),
+    ):
         monkeypatch.setenv(name, value)
         with pytest.raises(RunStopped, match=said):
             answer_requests(log)
@@ -213,7 +300,14 @@ def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
 
 
 def test_both_orders_of_a_pair_go_out_together(path, server):
-    rows = [{"question": f"Which? {i}", "source": "So.", "answers": [{"text": "This."}, {"text": f"That {i}."}]} for i in range(5)]
+    rows = [
+        {
+            "question": f"Which? {i}",
+            "source": "So.",
+            "answers": [{"text": "This."}, {"text": f"That {i}."}],
+        }
+        for i in range(5)
+    ]
 
     def judged_pairs():
         judge = PairwiseComparisonEvaluator(llm=CallLog(path).llm("gpt-4.1", live("gpt-4.1")))
@@ -224,17 +318,25 @@ def test_both_orders_of_a_pair_go_out_together(path, server):
     log = CallLog(path)
     assert len(load_rows(log.requests_path)) == 10 and answer_requests(log) == []
     log.close()
-    assert all("invalid" not in row["evaluations"][0] for row in judged_pairs()) and len(server.batches) == 1
+    assert (
+        all("invalid" not in row["evaluations"][0] for row in judged_pairs())
+        and len(server.batches) == 1
+    )
 
 
 def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkeypatch, capsys):
-    code = ["from helpers import CallLog, judge_rows, live, load_rows, models_of, name_of, snapshot_folder",
-            "snapshot = snapshot_folder('correctness')", "TEACHER = models_of(snapshot)['teacher']", "log = CallLog(snapshot / 'calls.jsonl')",
-            "from llama_index.core.evaluation import CorrectnessEvaluator",
-            "rows = [{'question': f'Why {i}?', 'reference': 'So.', 'response_data': {'text': 'So.'}} for i in range(4)]",
-            "for sample in (0, 1):",
-            "    judge = CorrectnessEvaluator(llm=log.llm(TEACHER, live(TEACHER), params={'temperature': 0}, sample=sample))",
-            "    rows = await judge_rows(rows, judge, name=f't{sample}')", "len(rows[0]['evaluations'])"]
+    code = [
+        "from helpers import CallLog, judge_rows, live, load_rows, models_of, name_of, snapshot_folder",
+        "snapshot = snapshot_folder('correctness')",
+        "TEACHER = models_of(snapshot)['teacher']",
+        "log = CallLog(snapshot / 'calls.jsonl')",
+        "from llama_index.core.evaluation import CorrectnessEvaluator",
+        "rows = [{'question': f'Why {i}?', 'reference': 'So.', 'response_data': {'text': 'So.'}} for i in range(4)]",
+        "for sample in (0, 1):",
+        "    judge = CorrectnessEvaluator(llm=log.llm(TEACHER, live(TEACHER), params={'temperature': 0}, sample=sample))",
+        "    rows = await judge_rows(rows, judge, name=f't{sample}')",
+        "len(rows[0]['evaluations'])",
+    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(code))])
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / "01_correctness.ipynb")
@@ -242,13 +344,25 @@ def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkey
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "notebooks"))
     monkeypatch.setenv("SNAPSHOT", str(tmp_path / "mine"))
     assert command.run_in_batches(["01_correctness"]) == 0
-    assert len(server.batches) == 2 and len(load_rows(tmp_path / "mine" / "correctness" / "calls.jsonl")) == 8
-    assert nbformat.read(tmp_path / "mine" / "01_correctness.ipynb", 4).cells[0].outputs[-1]["data"]["text/plain"] == "2"
+    assert (
+        len(server.batches) == 2
+        and len(load_rows(tmp_path / "mine" / "correctness" / "calls.jsonl")) == 8
+    )
+    assert (
+        nbformat.read(tmp_path / "mine" / "01_correctness.ipynb", 4)
+        .cells[0]
+        .outputs[-1]["data"]["text/plain"]
+        == "2"
+    )
     server.fault = lambda body, before: answer(400, "No.")
     monkeypatch.setenv("SNAPSHOT", str(tmp_path / "other"))
     assert command.run_in_batches(["01_correctness"]) == 1
     said = capsys.readouterr()
-    assert "4 answers added, 8 in all" in said.out and "the batch answered none of its requests" in said.err and "make fill" not in said.err
+    assert (
+        "4 answers added, 8 in all" in said.out
+        and "the batch answered none of its requests" in said.err
+        and "make fill" not in said.err
+    )
 
 
 def test_models_without_a_batch_api_are_named(rows, path, monkeypatch):

@@ -11,14 +11,33 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import (CallLog, check_events, compare_designs, correctness_report, grading_report, load_rows, pairwise_report, read_score,
-                     resolve_orders, resolve_pairwise_events, with_intervals)
+
+from helpers import (
+    CallLog,
+    check_events,
+    compare_designs,
+    correctness_report,
+    grading_report,
+    load_rows,
+    pairwise_report,
+    read_score,
+    resolve_orders,
+    resolve_pairwise_events,
+    with_intervals,
+)
 from helpers.settings import SETTINGS
 from helpers.snapshots import DATA
 
-CORRECTNESS, PAIRWISE, SINGLE = FOLDERS = DATA / "correctness", DATA / "pairwise", DATA / "single_grading"
-PERSONAS = {CORRECTNESS: ("careful", "terse", "careless", "rambling"), PAIRWISE: ("careful", "terse", "careless", "rambling"),
-            SINGLE: ("brisk", "expansive")}
+CORRECTNESS, PAIRWISE, SINGLE = FOLDERS = (
+    DATA / "correctness",
+    DATA / "pairwise",
+    DATA / "single_grading",
+)
+PERSONAS = {
+    CORRECTNESS: ("careful", "terse", "careless", "rambling"),
+    PAIRWISE: ("careful", "terse", "careless", "rambling"),
+    SINGLE: ("brisk", "expansive"),
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAIR_JUDGES = ["fine_tuned", "base", "longer", "shorter", "overlap", "first"]
 JUDGES = ["teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"]
@@ -50,12 +69,16 @@ def pairs():
 @pytest.fixture(scope="module")
 def judged():
     """All correctness rows: training, then test with every judge's verdict."""
-    return load_rows(CORRECTNESS / "train_qa.jsonl"), load_rows(CORRECTNESS / "test_qa_complete.jsonl")
+    return load_rows(CORRECTNESS / "train_qa.jsonl"), load_rows(
+        CORRECTNESS / "test_qa_complete.jsonl"
+    )
 
 
 def test_there_is_enough_of_it(judged):
     train, test = judged
-    assert len(train) >= 79 and len(test) >= 44 and len(train) == int(0.65 * (len(train) + len(test)))
+    assert (
+        len(train) >= 79 and len(test) >= 44 and len(train) == int(0.65 * (len(train) + len(test)))
+    )
     assert len({row["question"] for part in judged for row in part}) == len(train) + len(test)
 
 
@@ -63,7 +86,9 @@ def test_every_call_has_its_provenance(folder, calls):
     roles = {"question-writer", "teacher", *(f"answerer-{persona}" for persona in PERSONAS[folder])}
     assert {call["model"] for call in calls} == {f"stand-in-{role}" for role in roles}
     assert all(call["finish_reason"] == "stop" and call["response"].strip() for call in calls)
-    assert not any(re.search(r"gpt-?4|gpt-?3|llama-?2|mistral", json.dumps(call), re.I) for call in calls)
+    assert not any(
+        re.search(r"gpt-?4|gpt-?3|llama-?2|mistral", json.dumps(call), re.I) for call in calls
+    )
 
 
 def responses(folder) -> dict[str, set]:
@@ -99,8 +124,16 @@ def test_every_grade_comes_from_the_log(graded):
         if row["response_data"]["model"] != "local-extractive":
             assert row["response_data"]["text"] in said[row["response_data"]["model"]]
         teacher = row["evaluations"][0]
-        assert teacher["llm"] == "teacher" and teacher["text"] in said["stand-in-teacher"] and len(teacher["samples"]) == 3
-        assert teacher["score"] == sorted(teacher["samples"])[1] == read_score(teacher["text"], 0, 1)[0]
+        assert (
+            teacher["llm"] == "teacher"
+            and teacher["text"] in said["stand-in-teacher"]
+            and len(teacher["samples"]) == 3
+        )
+        assert (
+            teacher["score"]
+            == sorted(teacher["samples"])[1]
+            == read_score(teacher["text"], 0, 1)[0]
+        )
         assert teacher["acceptable"] == (teacher["score"] > 0.8)
 
 
@@ -112,7 +145,10 @@ def test_there_are_answers_enough_to_grade_and_no_question_on_both_sides(graded)
     models = collections.Counter(row["response_data"]["model"] for row in train + test)
     assert len(models) == 3 and min(models.values()) == max(models.values()) >= 60
     scores = [row["evaluations"][0]["score"] for row in train + test]
-    assert max(collections.Counter(scores).values()) <= 0.4 * len(scores) and 0.25 <= np.mean(np.array(scores) <= 0.8) <= 0.75
+    assert (
+        max(collections.Counter(scores).values()) <= 0.4 * len(scores)
+        and 0.25 <= np.mean(np.array(scores) <= 0.8) <= 0.75
+    )
     assert all(row["response_data"]["context"].strip() for row in train + test)
 
 
@@ -121,10 +157,14 @@ def test_the_single_grading_stage_files_agree_with_each_other(graded):
     chats = check_events(SINGLE / "single_grading_finetuning_events.jsonl")
     assert len(chats) == 3 * len(train)
     for number, row in enumerate(train):
-        three = chats[3 * number:3 * number + 3]
+        three = chats[3 * number : 3 * number + 3]
         assert all(row["response_data"]["text"] in chat["messages"][1]["content"] for chat in three)
-        assert sorted(read_score(chat["messages"][2]["content"], 0, 1)[0] for chat in three) == sorted(row["evaluations"][0]["samples"])
-    assert load_rows(SINGLE / "test_qa.jsonl") == [{**row, "evaluations": row["evaluations"][:1]} for row in test]
+        assert sorted(
+            read_score(chat["messages"][2]["content"], 0, 1)[0] for chat in three
+        ) == sorted(row["evaluations"][0]["samples"])
+    assert load_rows(SINGLE / "test_qa.jsonl") == [
+        {**row, "evaluations": row["evaluations"][:1]} for row in test
+    ]
     assert [evaluation["llm"] for evaluation in test[0]["evaluations"]] == ["teacher", *GRADERS]
 
 
@@ -133,15 +173,21 @@ def test_there_are_pairs_enough_and_no_document_on_both_sides(pairs):
     assert len(train) >= 75 and len(test) >= 64
     assert not {row["document"] for row in train} & {row["document"] for row in test}
     decided = collections.Counter(tuple(row["evaluations"][0]["verdicts"]) for row in train + test)
-    assert decided["A", "B"] >= 0.2 * decided.total() <= 5 * decided["B", "A"], "one place wins nearly always"
+    assert decided["A", "B"] >= 0.2 * decided.total() <= 5 * decided["B", "A"], (
+        "one place wins nearly always"
+    )
 
 
 def test_the_pairwise_stage_files_agree_with_each_other(pairs):
     train, test = pairs
     chats = load_rows(PAIRWISE / "pairwise_finetuning_events.jsonl")
     assert len(chats) == 2 * len(train)
-    assert check_events(PAIRWISE / "resolved_pairwise_finetuning_events.jsonl") == resolve_pairwise_events(chats, train)
-    assert load_rows(PAIRWISE / "test_qa.jsonl") == [{**row, "evaluations": row["evaluations"][:1]} for row in test]
+    assert check_events(
+        PAIRWISE / "resolved_pairwise_finetuning_events.jsonl"
+    ) == resolve_pairwise_events(chats, train)
+    assert load_rows(PAIRWISE / "test_qa.jsonl") == [
+        {**row, "evaluations": row["evaluations"][:1]} for row in test
+    ]
 
 
 def test_the_judge_has_work_to_do(judged):
@@ -153,12 +199,21 @@ def test_the_judge_has_work_to_do(judged):
 
 def test_responses_are_not_cut_from_one_cloth(calls):
     """Whole responses and sentences of the teacher's reasoning hardly ever recur."""
-    longer = [call["response"] for call in calls if len(call["response"]) > 60 and call["sample"] == 0]
+    longer = [
+        call["response"] for call in calls if len(call["response"]) > 60 and call["sample"] == 0
+    ]
     assert len(set(longer)) >= 0.98 * len(longer)
-    reasons = [re.sub(r"^[\d.]+\n|\n+.*\[\[.\]\].*$", "", call["response"]) for call in calls
-               if call["model"] == "stand-in-teacher" and call["sample"] == 0]
-    sentences = [sentence for reason in reasons for sentence in re.split(r"(?<=[.!?])\s+", reason.strip())]
-    sentences = [sentence for sentence in sentences if len(sentence.split()) > 6]  # "Assistant B is better." is anyone's
+    reasons = [
+        re.sub(r"^[\d.]+\n|\n+.*\[\[.\]\].*$", "", call["response"])
+        for call in calls
+        if call["model"] == "stand-in-teacher" and call["sample"] == 0
+    ]
+    sentences = [
+        sentence for reason in reasons for sentence in re.split(r"(?<=[.!?])\s+", reason.strip())
+    ]
+    sentences = [
+        sentence for sentence in sentences if len(sentence.split()) > 6
+    ]  # "Assistant B is better." is anyone's
     assert len(set(sentences)) >= 0.98 * len(sentences)
     openings = collections.Counter(" ".join(reason.split()[:5]) for reason in reasons)
     assert openings.most_common(1)[0][1] <= 0.1 * len(reasons), openings.most_common(3)
@@ -168,10 +223,16 @@ def test_the_stage_files_agree_with_each_other(judged):
     train, test = judged
     qrd = json.loads((CORRECTNESS / "qrd.json").read_text())
     assert list(qrd["queries"].values()) == [row["question"] for row in train + test]
-    assert qrd["responses"] == {number: row["reference"] for number, row in zip(qrd["queries"], train + test)}
+    assert qrd["responses"] == {
+        number: row["reference"] for number, row in zip(qrd["queries"], train + test)
+    }
     events = check_events(CORRECTNESS / "correction_finetuning_events.jsonl")
-    assert [event["messages"][2]["content"] for event in events] == [row["evaluations"][0]["text"] for row in train]
-    assert all(row["question"] in event["messages"][1]["content"] for row, event in zip(train, events))
+    assert [event["messages"][2]["content"] for event in events] == [
+        row["evaluations"][0]["text"] for row in train
+    ]
+    assert all(
+        row["question"] in event["messages"][1]["content"] for row, event in zip(train, events)
+    )
     short = load_rows(CORRECTNESS / "test_qa.jsonl")
     assert short == [{**row, "evaluations": row["evaluations"][:1]} for row in test]
     assert [evaluation["llm"] for evaluation in test[0]["evaluations"]] == ["teacher", *JUDGES]
@@ -180,13 +241,17 @@ def test_the_stage_files_agree_with_each_other(judged):
 def quoted(judge: str, section: str) -> list[str]:
     """The cells of a judge's line in one of the README's tables."""
     text = (ROOT / "README.md").read_text().split(f"<!-- {section} -->")[1]
-    line = next(line for line in text.splitlines() if line.startswith((f"| `{judge}` |", f"| {judge} |")))
+    line = next(
+        line for line in text.splitlines() if line.startswith((f"| `{judge}` |", f"| {judge} |"))
+    )
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
 def test_readme_quotes_what_is_computed(judged, pairs, graded):
     metrics = ("accuracy", "auc", "brier")
-    for judge, line in with_intervals(grading_report(graded[1], "teacher", GRADERS), metrics).iterrows():
+    for judge, line in with_intervals(
+        grading_report(graded[1], "teacher", GRADERS), metrics
+    ).iterrows():
         assert quoted(judge, "single_grading") == line[list(metrics)].tolist()
     for what, line in compare_designs(DATA).iterrows():
         assert quoted(what, "designs") == line.tolist()
@@ -194,31 +259,63 @@ def test_readme_quotes_what_is_computed(judged, pairs, graded):
     table = with_intervals(correctness_report(judged[1], "teacher", JUDGES), metrics)
     for judge, line in table.iterrows():
         assert quoted(judge, "correctness") == line[list(metrics)].tolist()
-    held_out = next(output.data["text/plain"] for cell in nbformat.read(NOTEBOOKS[0], 4).cells if cell.cell_type == "code"
-                    for output in cell.outputs if "city_held_out" in output.get("data", {}).get("text/plain", ""))
+    held_out = next(
+        output.data["text/plain"]
+        for cell in nbformat.read(NOTEBOOKS[0], 4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "city_held_out" in output.get("data", {}).get("text/plain", "")
+    )
     figure = re.search(r"city_held_out\s+(\d+)\s+([\d.]+ \[[^]]+\])", held_out)
     assert f"{figure[2]} on all {figure[1]} rows" in (ROOT / "README.md").read_text()
-    fair = next(output.text for cell in nbformat.read(NOTEBOOKS[2], 4).cells if cell.cell_type == "code"
-                for output in cell.outputs if "overlap, acceptable above" in output.get("text", ""))
-    assert f"`overlap` reaches {re.search(r'overlap, .*accuracy ([0-9.]+)', fair)[1]})" in (ROOT / "README.md").read_text()
-    table = with_intervals(pairwise_report(pairs[1], "teacher", PAIR_JUDGES), ("coverage", "agreement_overall"))
+    fair = next(
+        output.text
+        for cell in nbformat.read(NOTEBOOKS[2], 4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "overlap, acceptable above" in output.get("text", "")
+    )
+    assert (
+        f"`overlap` reaches {re.search(r'overlap, .*accuracy ([0-9.]+)', fair)[1]})"
+        in (ROOT / "README.md").read_text()
+    )
+    table = with_intervals(
+        pairwise_report(pairs[1], "teacher", PAIR_JUDGES), ("coverage", "agreement_overall")
+    )
     for judge, line in table.iterrows():
         assert quoted(judge, "pairwise") == line[["coverage", "agreement_overall"]].tolist()
     published = load_rows(PAIRWISE / "published_verdicts.jsonl")
     for flipped, shown in (("as_published", "as published"), ("corrected", "turned right")):
         report = pairwise_report(published, "gpt_4", ["ft_gpt_3p5", "gpt_3p5"], flipped=flipped)
-        cells = [f"{line.agreements} of {line.compared}, {line.agreements} of 60" for line in report.itertuples()]
+        cells = [
+            f"{line.agreements} of {line.compared}, {line.agreements} of 60"
+            for line in report.itertuples()
+        ]
         assert quoted(shown, "published") == cells
 
 
 def test_readme_lists_every_setting():
-    listed = (ROOT / "README.md").read_text().split("<!-- settings -->")[1].split("\n\n")[1].splitlines()[2:]
-    assert listed == [f"| `{name}` | {f'`{default}`' if default else '–'} | {says} |" for name, (default, says) in SETTINGS.items()]
+    listed = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("<!-- settings -->")[1]
+        .split("\n\n")[1]
+        .splitlines()[2:]
+    )
+    assert listed == [
+        f"| `{name}` | {f'`{default}`' if default else '–'} | {says} |"
+        for name, (default, says) in SETTINGS.items()
+    ]
 
 
 def test_the_data_card_counts_right(judged, pairs, graded):
     card = (ROOT / "data" / "README.md").read_text()
-    counts = [collections.Counter(call["model"] for call in CallLog(folder / "calls.jsonl", "replay").rows()) for folder in FOLDERS]
+    counts = [
+        collections.Counter(
+            call["model"] for call in CallLog(folder / "calls.jsonl", "replay").rows()
+        )
+        for folder in FOLDERS
+    ]
     for model in set().union(*counts):
         assert f"| `{model}` | " + " | ".join(str(count[model]) for count in counts) + " |" in card
     for parts in (judged, pairs, graded):
@@ -234,10 +331,17 @@ def test_a_notebook_is_fit_to_be_compared(path):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert notebook.metadata.kernelspec.name == "python3"
     for cell in code:
-        assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs), cell.source
-        assert not re.search(r"^\s*[!%]", cell.source, re.M) and not cell.source.rstrip().endswith(";")
+        assert not any(
+            output.output_type == "error" or output.get("name") == "stderr"
+            for output in cell.outputs
+        ), cell.source
+        assert not re.search(r"^\s*[!%]", cell.source, re.M) and not cell.source.rstrip().endswith(
+            ";"
+        )
         lines = cell.source.splitlines()
-        assert len([line for line in lines if line.strip()]) <= 22 and max(map(len, lines)) <= 95, cell.source
+        assert len([line for line in lines if line.strip()]) <= 22 and max(map(len, lines)) <= 95, (
+            cell.source
+        )
     assert not re.search(r"/(root|home|tmp|Users)/", path.read_text())
 
 
@@ -253,17 +357,42 @@ def test_a_reader_s_own_notebook_is_let_be(tmp_path, monkeypatch):
 
 
 def test_importing_the_helpers_is_cheap_and_quiet():
-    program = ("import logging, sys; import helpers; heavy = {'torch', 'sklearn', 'scipy', 'matplotlib', 'openai', "
-               "'llama_index.finetuning', 'sentence_transformers', 'transformers'} & set(sys.modules); "
-               "print(sorted(heavy), logging.getLogger().handlers)")
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")})
+    program = (
+        "import logging, sys; import helpers; heavy = {'torch', 'sklearn', 'scipy', 'matplotlib', 'openai', "
+        "'llama_index.finetuning', 'sentence_transformers', 'transformers'} & set(sys.modules); "
+        "print(sorted(heavy), logging.getLogger().handlers)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
+    )
     assert run.stdout.strip() == "[] []" and not run.stderr
 
 
 def test_imports_point_back_up_the_list():
-    order = ["settings", "snapshots", "models", "costs", "calls", "documents", "embeddings", "datasets", "replies", "grading", "judging", "student", "pairs", "finetuning", "hosted", "metrics", "pair_metrics",
-             "grade_metrics", "report"]
+    order = [
+        "settings",
+        "snapshots",
+        "models",
+        "costs",
+        "calls",
+        "documents",
+        "embeddings",
+        "datasets",
+        "replies",
+        "grading",
+        "judging",
+        "student",
+        "pairs",
+        "finetuning",
+        "hosted",
+        "metrics",
+        "pair_metrics",
+        "grade_metrics",
+        "report",
+    ]
     for number, name in enumerate(order):
         text = (ROOT / "notebooks" / "helpers" / f"{name}.py").read_text()
         for imported in re.findall(r"^from \.(\w+) import", text, re.M):

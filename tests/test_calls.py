@@ -11,11 +11,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from fake import FakeLive
-from helpers import (CallFailed, CallLog, Collected, LocalJudge, MissingCall, fill, finetuning_events, judge_rows, load_rows, run_stage)
-from helpers.snapshots import call_key, make_row
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.evaluation import CorrectnessEvaluator
 from llama_index.core.llms import MockLLM
+
+from helpers import (
+    CallFailed,
+    CallLog,
+    Collected,
+    LocalJudge,
+    MissingCall,
+    fill,
+    finetuning_events,
+    judge_rows,
+    load_rows,
+    run_stage,
+)
+from helpers.snapshots import call_key, make_row
 
 
 def judged(rows, log, live=None, concurrency=16, **settings):
@@ -23,8 +35,12 @@ def judged(rows, log, live=None, concurrency=16, **settings):
 
     async def go():
         with finetuning_events() as events:
-            done = await judge_rows(rows, CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0}, **settings)),
-                                    name="teacher", concurrency=concurrency)
+            done = await judge_rows(
+                rows,
+                CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0}, **settings)),
+                name="teacher",
+                concurrency=concurrency,
+            )
         return done, events
 
     return asyncio.run(go())
@@ -53,7 +69,9 @@ def test_recording_then_replaying_llama_index_s_mock_gives_the_same(path, rows):
 def test_events_belong_to_their_rows_under_concurrency_and_shuffled_completion(path, rows):
     rows = rows * 4  # the same row several times: the pairing must not rest on the prompt's text
     in_order = judged(rows, CallLog(path, "record"), FakeLive(), concurrency=1)
-    shuffled = judged(rows, CallLog(path.with_name("other.jsonl"), "record"), FakeLive(delay=0.05), concurrency=16)
+    shuffled = judged(
+        rows, CallLog(path.with_name("other.jsonl"), "record"), FakeLive(delay=0.05), concurrency=16
+    )
     assert shuffled == in_order
     assert [event["row"] for event in shuffled[1]] == list(range(len(rows)))
     for row, event in zip(*shuffled):
@@ -95,8 +113,19 @@ def test_a_missing_call_names_log_stage_nearest_prompt_and_first_difference(path
     with pytest.raises(MissingCall) as caught:
         judged([changed], CallLog(path, "replay"))
     said = str(caught.value)
-    key = next(row["key"] for row in load_rows(path) if "Question 3?" in row["messages"][1]["content"])
-    for part in (str(path), "stage 'judge: teacher'", key[:12], "recorded:", "e number 3.", "e numbered 3.", "make record", "make collect"):
+    key = next(
+        row["key"] for row in load_rows(path) if "Question 3?" in row["messages"][1]["content"]
+    )
+    for part in (
+        str(path),
+        "stage 'judge: teacher'",
+        key[:12],
+        "recorded:",
+        "e number 3.",
+        "e numbered 3.",
+        "make record",
+        "make collect",
+    ):
         assert part in said, f"{part!r} is not in: {said}"
 
 
@@ -111,8 +140,13 @@ def test_a_missing_call_that_differs_in_its_settings_says_which(path, rows):
 def test_a_live_failure_is_an_invalid_row_and_is_asked_again(path, rows):
     done, events = judged(rows, CallLog(path, "record"), FakeLive(broken="Question 5?"))
     assert [i for i, row in enumerate(done) if row["evaluations"][0]["score"] is None] == [5]
-    assert done[5]["evaluations"][0]["invalid"] == "the call failed: ConnectionError: the line is dead (asked 6 times)"
-    assert [event["row"] for event in events] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], "a failed call leaves no event"
+    assert (
+        done[5]["evaluations"][0]["invalid"]
+        == "the call failed: ConnectionError: the line is dead (asked 6 times)"
+    )
+    assert [event["row"] for event in events] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], (
+        "a failed call leaves no event"
+    )
     live = FakeLive()
     done, _ = judged(rows, CallLog(path, "record"), live)
     assert live.count == 1 and done[5]["evaluations"][0]["score"] is not None
@@ -124,7 +158,9 @@ def test_complete_and_streams_go_through_the_log(path):
     text = llm.complete("a prompt").text
     assert asyncio.run(llm.acomplete("a prompt")).text == text
     assert [piece.delta for piece in llm.stream_complete("a prompt")] == [text]
-    assert [piece.delta for piece in llm.stream_chat([ChatMessage(role="user", content="a prompt")])] == [text]
+    assert [
+        piece.delta for piece in llm.stream_chat([ChatMessage(role="user", content="a prompt")])
+    ] == [text]
     assert live.count == 1
     with pytest.raises(ValueError, match="holds text only"):
         llm.chat([ChatMessage(role="user", blocks=[ImageBlock(url="file:///x.png")])])
@@ -173,7 +209,9 @@ def test_sigkill_while_recording_loses_nothing_and_pays_nothing_twice(tmp_path, 
     if child == 0:
         _record_in_child(path, asked, rows)
     end = time.monotonic() + 30
-    while time.monotonic() < end and (not asked.exists() or asked.read_bytes().count(b"\n") < kill_at):
+    while time.monotonic() < end and (
+        not asked.exists() or asked.read_bytes().count(b"\n") < kill_at
+    ):
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -183,19 +221,46 @@ def test_sigkill_while_recording_loses_nothing_and_pays_nothing_twice(tmp_path, 
     live = FakeLive()
     final = judged(rows, log, live)
     assert final == undisturbed
-    assert live.count == len(rows) - len(answered), "what was answered was asked again, or something was not asked"
+    assert live.count == len(rows) - len(answered), (
+        "what was answered was asked again, or something was not asked"
+    )
     assert live.count > 0, "the child was not killed in time"
 
 
 def results_of(requests, **changes) -> list[dict]:
     """A batch's results for its requests."""
-    return [{"custom_id": request["custom_id"], "error": None, "response": {"status_code": 200, "body": {
-        "choices": [{"message": {"role": "assistant", "content": f"{1 + i % 5}\nReason {i}."}, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3}}}, **changes} for i, request in enumerate(requests)]
+    return [
+        {
+            "custom_id": request["custom_id"],
+            "error": None,
+            "response": {
+                "status_code": 200,
+                "body": {
+                    "choices": [
+                        {
+                            "message": {
+                                "role": "assistant",
+                                "content": f"{1 + i % 5}\nReason {i}.",
+                            },
+                            "finish_reason": "stop",
+                        }
+                    ],
+                    "usage": {"prompt_tokens": 7, "completion_tokens": 3},
+                },
+            },
+            **changes,
+        }
+        for i, request in enumerate(requests)
+    ]
 
 
 def write(path, results):
-    path.write_text("".join((json.dumps(result) if isinstance(result, dict) else result) + "\n" for result in results))
+    path.write_text(
+        "".join(
+            (json.dumps(result) if isinstance(result, dict) else result) + "\n"
+            for result in results
+        )
+    )
 
 
 @pytest.fixture
@@ -219,7 +284,10 @@ def test_collect_writes_batch_requests_and_fill_answers_them(collected, path, ro
     done, _ = judged(rows, CallLog(path, "replay"))
     assert [row["evaluations"][0]["score"] for row in done] == [1 + i % 5 for i in range(len(rows))]
     kept = load_rows(path)[0]
-    assert kept["usage"] == {"prompt_tokens": 7, "completion_tokens": 3} and kept["finish_reason"] == "stop"
+    assert (
+        kept["usage"] == {"prompt_tokens": 7, "completion_tokens": 3}
+        and kept["finish_reason"] == "stop"
+    )
     judged(rows, CallLog(path, "collect"))  # all is answered: the run goes on
 
 
@@ -236,27 +304,47 @@ def test_fill_keeps_the_good_and_lists_the_rest(collected, path, tmp_path):
     results = results_of(requests)
     ids = [request["custom_id"] for request in requests]
     results[1]["custom_id"] = "0-unknown"
-    results[2] = {"custom_id": ids[2], "response": None, "error": {"code": "server_error", "message": "boom"}}
+    results[2] = {
+        "custom_id": ids[2],
+        "response": None,
+        "error": {"code": "server_error", "message": "boom"},
+    }
     results[3]["response"]["status_code"] = 429
     results[4]["response"]["body"]["choices"] = []
     results[5]["response"]["body"]["choices"][0]["message"]["content"] = 5
-    results[8]["response"]["body"]["choices"][0]["message"]["content"] = None  # a refusal: it was paid for, and is an empty reply
+    results[8]["response"]["body"]["choices"][0]["message"]["content"] = (
+        None  # a refusal: it was paid for, and is an empty reply
+    )
     results += [json.loads(json.dumps(results[6])), "not json", {"no": "id"}]
     write(tmp_path / "results.jsonl", results)
     wrong = "\n".join(fill(collected, tmp_path / "results.jsonl"))
     assert len(CallLog(path, "replay")) == len(requests) - 6
-    for said in ("line 2: 0-unknown: no such request", f"line 3: {ids[2]}: failed: ", "boom", f"line 4: {ids[3]}: failed", "429",
-                 "line 5: not a result", "line 6: not a result", f"line 13: {ids[6]}: answered 2 times", "line 14: not a result",
-                 "line 15: not a result", f"{ids[1]}: no result", f"{ids[4]}: no result"):
+    for said in (
+        "line 2: 0-unknown: no such request",
+        f"line 3: {ids[2]}: failed: ",
+        "boom",
+        f"line 4: {ids[3]}: failed",
+        "429",
+        "line 5: not a result",
+        "line 6: not a result",
+        f"line 13: {ids[6]}: answered 2 times",
+        "line 14: not a result",
+        "line 15: not a result",
+        f"{ids[1]}: no result",
+        f"{ids[4]}: no result",
+    ):
         assert said in wrong, f"{said!r} is not in:\n{wrong}"
-    assert f"{ids[7]}" not in wrong and ids[8] not in wrong and load_rows(path)[-4]["response"] == ""
+    assert (
+        f"{ids[7]}" not in wrong and ids[8] not in wrong and load_rows(path)[-4]["response"] == ""
+    )
     # A second file with the rest mends it; one that contradicts the log does not change it.
     later = results_of(requests)
     later[8]["response"]["body"]["choices"][0]["message"]["content"] = None
     later[7]["response"]["body"]["choices"][0]["message"]["content"] = "1\nChanged my mind."
     write(tmp_path / "later.jsonl", later)
-    assert fill(collected, tmp_path / "later.jsonl") == [f"{tmp_path / 'later.jsonl'}, line 8: {ids[7]}: the log holds another "
-                                                         "answer, which stays"]
+    assert fill(collected, tmp_path / "later.jsonl") == [
+        f"{tmp_path / 'later.jsonl'}, line 8: {ids[7]}: the log holds another answer, which stays"
+    ]
     assert len(CallLog(path, "replay")) == len(requests)
 
 
@@ -266,13 +354,30 @@ def test_the_fill_command_ends_with_a_status(collected, tmp_path):
 
     requests = load_rows(collected.requests_path)
     write(tmp_path / "results.jsonl", results_of(requests)[:-1])
-    command = [sys.executable, "-m", "helpers", "fill", str(collected.path), str(tmp_path / "results.jsonl")]
+    command = [
+        sys.executable,
+        "-m",
+        "helpers",
+        "fill",
+        str(collected.path),
+        str(tmp_path / "results.jsonl"),
+    ]
     from conftest import ROOT
 
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")})
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
+    )
     assert run.returncode == 1 and "11 answers added" in run.stdout and "no result" in run.stderr
     write(tmp_path / "results.jsonl", results_of(requests))
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")})
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
+    )
     assert run.returncode == 0 and "1 answers added, 12 in all" in run.stdout
 
 
@@ -285,9 +390,22 @@ def test_the_real_openai_client_records_and_replays(path, rows, monkeypatch):
     class Endpoint(BaseHTTPRequestHandler):
         def do_POST(self):
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            body = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "gpt-4.1-mini", "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": "4.5\nGood."}, "finish_reason": "stop"}],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105}}).encode()
+            body = json.dumps(
+                {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 1,
+                    "model": "gpt-4.1-mini",
+                    "choices": [
+                        {
+                            "index": 0,
+                            "message": {"role": "assistant", "content": "4.5\nGood."},
+                            "finish_reason": "stop",
+                        }
+                    ],
+                    "usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105},
+                }
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -300,7 +418,11 @@ def test_the_real_openai_client_records_and_replays(path, rows, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        live = OpenAI(model="gpt-4.1-mini", api_key="not-a-key", api_base=f"http://127.0.0.1:{server.server_port}/v1")
+        live = OpenAI(
+            model="gpt-4.1-mini",
+            api_key="not-a-key",
+            api_base=f"http://127.0.0.1:{server.server_port}/v1",
+        )
         done, _ = judged(rows, CallLog(path, "record"), live)
     finally:
         server.shutdown()
@@ -318,7 +440,9 @@ def test_key_and_row_agree():
     assert make_row(call, "r")["key"] == call_key(**call)
 
 
-def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing_twice(path, rows, monkeypatch):
+def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing_twice(
+    path, rows, monkeypatch
+):
     """Rows that were written while a flush was under way, and whose tasks were cancelled before the next."""
     log, live = CallLog(path, "record"), FakeLive()
     many = [{**row, "question": f"{row['question']} {i}"} for i in range(3) for row in rows]
@@ -327,18 +451,28 @@ def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing
         time.sleep(0.05)
 
     async def interrupted():
-        task = asyncio.ensure_future(judge_rows(many, CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0})), name="t"))
+        task = asyncio.ensure_future(
+            judge_rows(
+                many,
+                CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0})),
+                name="t",
+            )
+        )
         while live.count < 12:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        return await judge_rows(many, CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0})), name="t")
+        return await judge_rows(
+            many, CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0})), name="t"
+        )
 
     monkeypatch.setattr("os.fsync", slow)
     done = asyncio.run(interrupted())
     written = load_rows(path)
-    assert live.count == len(many) == len(written) == len({row["key"] for row in written}) == len(log)
+    assert (
+        live.count == len(many) == len(written) == len({row["key"] for row in written}) == len(log)
+    )
     assert all(row["evaluations"][0]["score"] for row in done)
 
 
@@ -371,7 +505,9 @@ def test_a_flush_that_fails_once_loses_no_row_in_silence_and_blocks_none(path, m
     held = {one["sample"] for one in load_rows(path)}
     assert held == {one["sample"] for one in log.rows()} and len(log) == len(held)
     for i, outcome in enumerate(outcomes):
-        assert (i in held) == (not isinstance(outcome, OSError)), "a row that is not kept must be said"
+        assert (i in held) == (not isinstance(outcome, OSError)), (
+            "a row that is not kept must be said"
+        )
 
 
 def test_equal_calls_go_one_by_one_even_after_a_failure(path, rows):
@@ -384,8 +520,14 @@ def test_equal_calls_go_one_by_one_even_after_a_failure(path, rows):
             return response
 
     live = FailsFirst()
-    done, _ = judged([rows[0]] * 12, CallLog(path, "record"), live, concurrency=4)  # some wait, some come later
-    assert live.count == 2 and sum("invalid" in row["evaluations"][0] for row in done) == 1 and len(load_rows(path)) == 1
+    done, _ = judged(
+        [rows[0]] * 12, CallLog(path, "record"), live, concurrency=4
+    )  # some wait, some come later
+    assert (
+        live.count == 2
+        and sum("invalid" in row["evaluations"][0] for row in done) == 1
+        and len(load_rows(path)) == 1
+    )
 
 
 def test_a_failed_call_s_lock_does_not_outlive_its_event_loop(path, rows):
@@ -403,14 +545,37 @@ def test_a_failed_call_s_lock_does_not_outlive_its_event_loop(path, rows):
 
 def test_a_reply_that_was_cut_off_says_nothing_of_other_rows(path, rows):
     log = CallLog(path, "record")
-    log.append({**make_row(call := {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "params": {}, "sample": 0}, "Well,", None, "length")})
+    log.append(
+        {
+            **make_row(
+                call := {
+                    "model": "m",
+                    "messages": [{"role": "user", "content": "Hi"}],
+                    "params": {},
+                    "sample": 0,
+                },
+                "Well,",
+                None,
+                "length",
+            )
+        }
+    )
     assert call["model"] == log.llm("m").model_name and log.llm("m").complete("Hi").text == "Well,"
     judge = CorrectnessEvaluator(llm=LocalJudge(lambda item: (4.0, "."), model_name="rule"))
-    assert not any("invalid" in row["evaluations"][0] for row in asyncio.run(judge_rows(rows, judge, name="t")))
+    assert not any(
+        "invalid" in row["evaluations"][0] for row in asyncio.run(judge_rows(rows, judge, name="t"))
+    )
 
 
-@pytest.mark.parametrize("concurrency, variable, said", [(-1, "16", "-1 calls at once"), (0, "16", "0 calls at once"), (None, "inf", "CONCURRENCY='inf'"),
-                                                         (None, "many", "CONCURRENCY='many'")])
+@pytest.mark.parametrize(
+    "concurrency, variable, said",
+    [
+        (-1, "16", "-1 calls at once"),
+        (0, "16", "0 calls at once"),
+        (None, "inf", "CONCURRENCY='inf'"),
+        (None, "many", "CONCURRENCY='many'"),
+    ],
+)
 def test_a_bad_bound_is_refused(concurrency, variable, said, monkeypatch, recwarn):
     async def job():
         return 1

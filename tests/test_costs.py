@@ -5,13 +5,33 @@ import io
 import math
 
 import pytest
-from helpers import (CallLog, MissingCall, RunStopped, check_run, cost_table, embedding_of, judge_rows, live, load_rows, local_embedding, models_of,
-                     training_cost)
-from helpers.costs import PRICES, PROMPT_TOKENS, price_of, prompt_tokens, tokens_of, training_price_of
-from helpers.models import MAX_TOKENS, THINKING_TOKENS, unreachable
-from helpers.snapshots import DATA, make_row
 from llama_index.core.evaluation import CorrectnessEvaluator
 from server import Server, answer
+
+from helpers import (
+    CallLog,
+    MissingCall,
+    RunStopped,
+    check_run,
+    cost_table,
+    embedding_of,
+    judge_rows,
+    live,
+    load_rows,
+    local_embedding,
+    models_of,
+    training_cost,
+)
+from helpers.costs import (
+    PRICES,
+    PROMPT_TOKENS,
+    price_of,
+    prompt_tokens,
+    tokens_of,
+    training_price_of,
+)
+from helpers.models import MAX_TOKENS, THINKING_TOKENS, unreachable
+from helpers.snapshots import DATA, make_row
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +48,39 @@ def many(rows):
 def judged(rows, path, server, model="gpt-4.1", name="t", concurrency=8, logged=""):
     log = CallLog(path)
     llm = log.llm(logged or model, live(f"{model}@{server.url}"), params={"temperature": 0})
-    return log, asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name=name, concurrency=concurrency))
+    return log, asyncio.run(
+        judge_rows(rows, CorrectnessEvaluator(llm=llm), name=name, concurrency=concurrency)
+    )
 
 
 def paid(server, price=(2.0, 8.0)):
     """What the server would charge for what it answered."""
     replies = [server._completion(body, {})["usage"] for body in server.bodies]
-    return sum(price[0] * usage["prompt_tokens"] + price[1] * usage["completion_tokens"] for usage in replies) / 1e6
+    return (
+        sum(
+            price[0] * usage["prompt_tokens"] + price[1] * usage["completion_tokens"]
+            for usage in replies
+        )
+        / 1e6
+    )
 
 
 def test_prices(monkeypatch):
-    assert price_of("gpt-4.1") == price_of("gpt-4.1-2025-04-14") == price_of("gpt-4.1@http://127.0.0.1:1/v1") == PRICES["gpt-4.1"]
-    assert price_of("gpt-4.1-turbo") is price_of("ft:gpt-4.1-2025-04-14:org::id") is None and price_of("local:any") == (0, 0)
+    assert (
+        price_of("gpt-4.1")
+        == price_of("gpt-4.1-2025-04-14")
+        == price_of("gpt-4.1@http://127.0.0.1:1/v1")
+        == PRICES["gpt-4.1"]
+    )
+    assert price_of("gpt-4.1-turbo") is price_of(
+        "ft:gpt-4.1-2025-04-14:org::id"
+    ) is None and price_of("local:any") == (0, 0)
     monkeypatch.setenv("PRICES", "gpt-4.1=1/2, ft:gpt-4.1 = 3/4/5,org/m:free=0/0")
-    assert price_of("gpt-4.1") == (1, 2) and price_of("ft:gpt-4.1-2025-04-14:org:soft-name:id") == (3, 4) and price_of("hf:org/m:free") == (0, 0)
+    assert (
+        price_of("gpt-4.1") == (1, 2)
+        and price_of("ft:gpt-4.1-2025-04-14:org:soft-name:id") == (3, 4)
+        and price_of("hf:org/m:free") == (0, 0)
+    )
     assert training_price_of("ft:gpt-4.1") == 5 and training_price_of("gpt-4.1") == 25
     for wrong in ("gpt-4.1", "gpt-4.1=1", "=1/2", "gpt-4.1=1/two", "gpt-4.1=-1/2", "a=1/2/3/4"):
         monkeypatch.setenv("PRICES", wrong)
@@ -49,12 +88,17 @@ def test_prices(monkeypatch):
             price_of("gpt-4.1")
 
 
-def test_a_cap_in_calls_is_kept_to_the_call_and_goes_on_when_it_is_raised(many, tmp_path, monkeypatch):
+def test_a_cap_in_calls_is_kept_to_the_call_and_goes_on_when_it_is_raised(
+    many, tmp_path, monkeypatch
+):
     path = tmp_path / "c.jsonl"
     with Server(delay=0.01) as server:
         for cap, held in ((7, 7), (7, 7), (25, 25)):
             monkeypatch.setenv("BUDGET_CALLS", str(cap))
-            with pytest.raises(RunStopped, match=f"the budget of {cap} calls is used up.*raise the cap and run again.*{held} of 60 rows were done"):
+            with pytest.raises(
+                RunStopped,
+                match=f"the budget of {cap} calls is used up.*raise the cap and run again.*{held} of 60 rows were done",
+            ):
                 judged(many, path, server)
             assert len(load_rows(path)) == len(server.bodies) == held
         monkeypatch.delenv("BUDGET_CALLS")
@@ -64,7 +108,11 @@ def test_a_cap_in_calls_is_kept_to_the_call_and_goes_on_when_it_is_raised(many, 
 
 def test_a_call_that_failed_does_not_use_the_budget_up(many, tmp_path, monkeypatch):
     monkeypatch.setenv("BUDGET_CALLS", "58")
-    with Server(fault=lambda body, before: answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] else None) as server:
+    with Server(
+        fault=lambda body, before: (
+            answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] else None
+        )
+    ) as server:
         log, done = judged(many, tmp_path / "c.jsonl", server)
         assert len(log) == 55 and sum("invalid" in row["evaluations"][0] for row in done) == 5
 
@@ -74,12 +122,17 @@ def test_a_cap_in_money_holds_for_calls_under_way_too(many, tmp_path, monkeypatc
     monkeypatch.setenv("BUDGET_DOLLARS", "0.02")
     monkeypatch.setenv("PRICES", "gpt-4.1=2/8")
     with Server(delay=0.01) as server:
-        with pytest.raises(RunStopped, match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, the next may cost \$0.00"):
+        with pytest.raises(
+            RunStopped,
+            match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, the next may cost \$0.00",
+        ):
             judged(many, path, server)
         held, most = len(load_rows(path)), 0.02
         one = paid(server) / held
         # Within the cap, and as near to it as the next call's most allows: calls under way were waited for.
-        assert most - (one + MAX_TOKENS * 8 / 1e6) < paid(server) <= most and held == len(server.bodies)
+        assert most - (one + MAX_TOKENS * 8 / 1e6) < paid(server) <= most and held == len(
+            server.bodies
+        )
         # What the log holds counts: under the same cap not one more is asked, under a higher one the rest.
         with pytest.raises(RunStopped):
             judged(many, path, server)
@@ -87,13 +140,18 @@ def test_a_cap_in_money_holds_for_calls_under_way_too(many, tmp_path, monkeypatc
         monkeypatch.setenv("BUDGET_DOLLARS", "1")
         log, _ = judged(many, path, server)
         assert len(server.bodies) == 60 and log.ledger.spent() == pytest.approx(paid(server))
-        assert log.ledger.spent() == pytest.approx(CallLog(path).ledger.spent()), "what is added up while it runs is what the log says"
+        assert log.ledger.spent() == pytest.approx(CallLog(path).ledger.spent()), (
+            "what is added up while it runs is what the log says"
+        )
 
 
 def test_a_cap_in_money_needs_a_price(rows, tmp_path, monkeypatch):
     monkeypatch.setenv("BUDGET_DOLLARS", "1")
     with Server() as server:
-        with pytest.raises(RunStopped, match="the price of 'qwen3' is not known: give it in PRICES, as \"qwen3=0.15/0.60\""):
+        with pytest.raises(
+            RunStopped,
+            match="the price of 'qwen3' is not known: give it in PRICES, as \"qwen3=0.15/0.60\"",
+        ):
             judged(rows, tmp_path / "c.jsonl", server, "qwen3")
         assert not server.bodies
         monkeypatch.setenv("PRICES", "qwen3=0/0")
@@ -106,7 +164,9 @@ def test_money_spent_by_a_persona_counts_from_the_start(rows, tmp_path, monkeypa
     path = tmp_path / "c.jsonl"
     with Server() as server:
         judged(rows, path, server, "gpt-4.1", logged="gpt-4.1-terse")
-        assert load_rows(path)[0]["model"] == "gpt-4.1-terse" and {body["model"] for body in server.bodies} == {"gpt-4.1"}
+        assert load_rows(path)[0]["model"] == "gpt-4.1-terse" and {
+            body["model"] for body in server.bodies
+        } == {"gpt-4.1"}
         assert CallLog(path).ledger.spent() == pytest.approx(paid(server)) and paid(server) > 0
         monkeypatch.setenv("BUDGET_DOLLARS", f"{paid(server):.6f}")
         with pytest.raises(RunStopped, match="0 of 12 rows were done"):
@@ -123,11 +183,17 @@ def test_the_table_is_the_sum_of_what_was_reported(rows, tmp_path, monkeypatch):
         table = cost_table(log)
         nano = [body for body in server.bodies if body["model"] == "gpt-4.1-nano"]
         teacher = [body for body in server.bodies if body["model"] == "gpt-4.1"]
-    assert table["calls"].to_dict() == {("judge: one", "gpt-4.1"): 8, ("judge: two", "gpt-4.1-nano"): 3, ("judge: three", "gpt-4.1-nano"): 2,
-                                        ("in all", ""): 13}, "a row belongs to the first stage that used it"
+    assert table["calls"].to_dict() == {
+        ("judge: one", "gpt-4.1"): 8,
+        ("judge: two", "gpt-4.1-nano"): 3,
+        ("judge: three", "gpt-4.1-nano"): 2,
+        ("in all", ""): 13,
+    }, "a row belongs to the first stage that used it"
     usage = [server._completion(body, {})["usage"] for body in server.bodies]
     assert table.loc["in all", "prompt tokens"].item() == sum(one["prompt_tokens"] for one in usage)
-    assert table.loc["in all", "reply tokens"].item() == sum(one["completion_tokens"] for one in usage)
+    assert table.loc["in all", "reply tokens"].item() == sum(
+        one["completion_tokens"] for one in usage
+    )
     assert set(table["tokens"][:-1]) == {"reported"} and len(nano) == 5 and len(teacher) == 8
     server.bodies = teacher
     assert table.loc["judge: one", "$"].item() == pytest.approx(paid(server), abs=1e-4)
@@ -137,14 +203,29 @@ def test_the_table_is_the_sum_of_what_was_reported(rows, tmp_path, monkeypatch):
     replayed, _ = judged(rows[:8], path, server, name="one")
     again = cost_table(replayed)
     assert again.loc[("judge: one", "gpt-4.1")].equals(table.loc[("judge: one", "gpt-4.1")])
-    assert again["calls"][("(not used by this run)", "gpt-4.1-nano")] == 5 and again["calls"]["in all"].item() == 13
+    assert (
+        again["calls"][("(not used by this run)", "gpt-4.1-nano")] == 5
+        and again["calls"]["in all"].item() == 13
+    )
     assert cost_table(CallLog(tmp_path / "none.jsonl")).empty
 
 
 def test_tokens_that_nobody_reported_are_counted(tmp_path):
-    call = {"model": "m", "messages": [{"role": "user", "content": "one two three"}], "params": {}, "sample": 0}
-    assert tokens_of(make_row(call, "four five")) == (prompt_tokens(call), 2, False) and prompt_tokens(call) >= 3
-    assert tokens_of(make_row(call, "x", {"prompt_tokens": 70, "completion_tokens": 9})) == (70, 9, True)
+    call = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "one two three"}],
+        "params": {},
+        "sample": 0,
+    }
+    assert (
+        tokens_of(make_row(call, "four five")) == (prompt_tokens(call), 2, False)
+        and prompt_tokens(call) >= 3
+    )
+    assert tokens_of(make_row(call, "x", {"prompt_tokens": 70, "completion_tokens": 9})) == (
+        70,
+        9,
+        True,
+    )
     log = CallLog(tmp_path / "c.jsonl")
     log.append(make_row(call, "four five"))
     line = cost_table(log).iloc[0]
@@ -159,21 +240,40 @@ def test_no_prompt_of_the_notebooks_is_longer_than_the_bound():
         for row in CallLog(DATA / part / "calls.jsonl").rows():
             prompts[next(role for role in more if role in row["model"])].append(prompt_tokens(row))
         for role, (texts, chunks) in more.items():
-            assert min(prompts[role]) + texts * MAX_TOKENS + chunks * 256 <= PROMPT_TOKENS and max(prompts[role]) <= PROMPT_TOKENS, (part, role)
+            assert (
+                min(prompts[role]) + texts * MAX_TOKENS + chunks * 256 <= PROMPT_TOKENS
+                and max(prompts[role]) <= PROMPT_TOKENS
+            ), (part, role)
 
 
 def test_the_check_asks_each_model_once_and_says_what_a_run_costs_at_most(tmp_path, monkeypatch):
-    roles = {"teacher": "TEACHER_MODEL", "question-writer": "WRITER_MODEL", "answerer": "ANSWERER_MODEL"}
+    roles = {
+        "teacher": "TEACHER_MODEL",
+        "question-writer": "WRITER_MODEL",
+        "answerer": "ANSWERER_MODEL",
+    }
     with Server(models=("gpt-4.1", "gpt-6")) as server:
         for name, model in zip(roles.values(), ("gpt-4.1", "gpt-4.1", "gpt-6")):
             monkeypatch.setenv(name, f"{model}@{server.url}")
         played = models_of(tmp_path)
-        table = check_run(CallLog(tmp_path / "c.jsonl"), played, {"teacher": 10, "question-writer": 5, "answerer": 2, "student": 4})
-        assert [path for _, path in server.requests] == ["/v1/models/gpt-4.1", "/v1/models/gpt-6"] and not server.bodies
+        table = check_run(
+            CallLog(tmp_path / "c.jsonl"),
+            played,
+            {"teacher": 10, "question-writer": 5, "answerer": 2, "student": 4},
+        )
+        assert [path for _, path in server.requests] == [
+            "/v1/models/gpt-4.1",
+            "/v1/models/gpt-6",
+        ] and not server.bodies
     assert table["tokens at most"].to_dict() == {
-        "teacher": 10 * (4096 + 1024), "question-writer": 5 * (4096 + 1024), "answerer": 2 * (4096 + 1024 + THINKING_TOKENS),
-        "in all": 15 * 5120 + 2 * (5120 + THINKING_TOKENS)}
-    assert table["$ at most"]["teacher"] == pytest.approx(10 * (4096 * 2 + 1024 * 8) / 1e6, abs=0.005)
+        "teacher": 10 * (4096 + 1024),
+        "question-writer": 5 * (4096 + 1024),
+        "answerer": 2 * (4096 + 1024 + THINKING_TOKENS),
+        "in all": 15 * 5120 + 2 * (5120 + THINKING_TOKENS),
+    }
+    assert table["$ at most"]["teacher"] == pytest.approx(
+        10 * (4096 * 2 + 1024 * 8) / 1e6, abs=0.005
+    )
     assert math.isnan(table["$ at most"]["answerer"]) and math.isnan(table["$ at most"]["in all"])
     assert list(table["endpoint"][:3]) == ["answers"] * 3
 
@@ -187,20 +287,42 @@ def test_the_check_names_all_that_is_wrong_before_anything_is_paid(tmp_path, mon
         with pytest.raises(RunStopped) as stopped:
             check_run(log, models_of(tmp_path), calls)
     said = str(stopped.value)
-    for part in (f"TEACHER_MODEL (teacher): {server.url}/ does not have it, but gpt-4.1", "the price of 'gpt-9' is not known",
-                 "WRITER_MODEL (question-writer): no key for 'hf:mistralai/M': set HF_TOKEN",
-                 "ANSWERER_MODEL (answerer): 'stand-in-answerer' is the name of recorded calls"):
+    for part in (
+        f"TEACHER_MODEL (teacher): {server.url}/ does not have it, but gpt-4.1",
+        "the price of 'gpt-9' is not known",
+        "WRITER_MODEL (question-writer): no key for 'hf:mistralai/M': set HF_TOKEN",
+        "ANSWERER_MODEL (answerer): 'stand-in-answerer' is the name of recorded calls",
+    ):
         assert part in said, said
     assert not server.bodies
     monkeypatch.setenv("JUDGE_MODE", "replay")
-    assert set(check_run(log, models_of(tmp_path / "other"), calls)["endpoint"][:3]) == {"not asked"}
-    assert check_run(log, {"embedding": "minilm"}, {"embedding": 9}).loc["in all", "calls at most"] == 0
+    assert set(check_run(log, models_of(tmp_path / "other"), calls)["endpoint"][:3]) == {
+        "not asked"
+    }
+    assert (
+        check_run(log, {"embedding": "minilm"}, {"embedding": 9}).loc["in all", "calls at most"]
+        == 0
+    )
 
 
-@pytest.mark.parametrize("status, said", [(401, "the key is missing or not valid"), (403, "the key may not do this"),
-                                          (500, "InternalServerError"), (404, ""), (400, ""), (405, ""), (501, "")])
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        (401, "the key is missing or not valid"),
+        (403, "the key may not do this"),
+        (500, "InternalServerError"),
+        (404, ""),
+        (400, ""),
+        (405, ""),
+        (501, ""),
+    ],
+)
 def test_the_check_tells_a_bad_key_from_a_server_that_lists_no_models(status, said):
-    with Server(gate=lambda method, path, before: answer(status, "Incorrect API key provided: sk-not-a-key-0000")) as server:
+    with Server(
+        gate=lambda method, path, before: answer(
+            status, "Incorrect API key provided: sk-not-a-key-0000"
+        )
+    ) as server:
         why = unreachable(model := f"gpt-4.1@{server.url}")
     assert said in why and bool(why) == bool(said) and "sk-not" not in why
     assert "APIConnectionError" in unreachable(model), "the server is gone"
@@ -211,7 +333,9 @@ def test_hugging_face_is_asked_for_its_models(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
     with Server(models=("org/m",)) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url.removesuffix("/v1"))
-        assert unreachable("hf:org/m") == "" and "there is no such model" in unreachable("hf:org/other")
+        assert unreachable("hf:org/m") == "" and "there is no such model" in unreachable(
+            "hf:org/other"
+        )
         assert ("GET", "/api/models/org/m") in server.requests
 
 
@@ -219,7 +343,9 @@ def test_a_hosted_student_is_in_the_bill(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_MODE", "replay")
     played = models_of(tmp_path) | {"student": "gpt-4.1"}
     table = check_run(CallLog(tmp_path / "c.jsonl"), played, {"student": 10}, examples=100)
-    assert table["priced as"]["student"] == "ft:gpt-4.1" and math.isnan(table["$ at most"]["student"])
+    assert table["priced as"]["student"] == "ft:gpt-4.1" and math.isnan(
+        table["$ at most"]["student"]
+    )
     assert table["$ at most"]["student, fine-tuning"] == pytest.approx(3 * 100 * 5120 * 25 / 1e6)
 
 
@@ -227,9 +353,15 @@ def test_the_progress_bar_tells_done_failed_and_cost(rows, tmp_path, monkeypatch
     shown = io.StringIO()
     monkeypatch.setenv("PROGRESS", "terminal")
     monkeypatch.setattr("sys.__stderr__", shown)
-    with Server(fault=lambda body, before: answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] else None) as server:
+    with Server(
+        fault=lambda body, before: (
+            answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] else None
+        )
+    ) as server:
         judged(rows, tmp_path / "c.jsonl", server)
-        server.bodies = [body for body in server.bodies if "Question 5?" not in body["messages"][-1]["content"]]
+        server.bodies = [
+            body for body in server.bodies if "Question 5?" not in body["messages"][-1]["content"]
+        ]
         cost = paid(server)
     last = shown.getvalue().strip().splitlines()[-1].rsplit("\r")[-1]
     assert "judge: t: 100%" in last and "12/12" in last and f"1 failed, ${cost:.4f} so far" in last
@@ -239,14 +371,22 @@ def test_a_hosted_embedding_is_paid_for_once(tmp_path, monkeypatch):
     texts = [f"Text {i}." for i in range(100)]
     with Server() as server:
         log = CallLog(tmp_path / "c.jsonl")
-        first = embedding_of(f"text-embedding-3-small@{server.url}", log).get_text_embedding_batch(texts + texts[:3])
+        first = embedding_of(f"text-embedding-3-small@{server.url}", log).get_text_embedding_batch(
+            texts + texts[:3]
+        )
         posts = [path for _, path in server.requests]
         assert posts == ["/v1/embeddings"] * 2 and len(log) == 100 and first[0] == first[100]
         monkeypatch.setenv("PRICES", "text-embedding-3-small=0.02/0")
-        assert cost_table(log)["calls"]["in all"].item() == 100 and 0 < CallLog(log.path).ledger.spent() < 1e-4
+        assert (
+            cost_table(log)["calls"]["in all"].item() == 100
+            and 0 < CallLog(log.path).ledger.spent() < 1e-4
+        )
     monkeypatch.setenv("JUDGE_MODE", "replay")
     again = embedding_of("text-embedding-3-small", CallLog(log.path))
-    assert again.get_text_embedding_batch(texts) == first[:100] and asyncio.run(again.aget_query_embedding(texts[3])) == first[3]
+    assert (
+        again.get_text_embedding_batch(texts) == first[:100]
+        and asyncio.run(again.aget_query_embedding(texts[3])) == first[3]
+    )
     with pytest.raises(MissingCall):
         again.get_text_embedding("Another.")
     assert embedding_of("minilm", log) is local_embedding()

@@ -5,18 +5,39 @@ import asyncio
 import numpy as np
 import pytest
 from fake import FakeLive
-from helpers import (CallLog, SnapshotReader, answer_questions, clean_question, deal, generate_questions, load_rows,
-                     local_embedding)
-from helpers import embeddings
-from helpers.snapshots import DATA
 from llama_index.core import Document, SummaryIndex
 from llama_index.core.evaluation import DatasetGenerator
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.readers.base import BaseReader
 
+from helpers import (
+    CallLog,
+    SnapshotReader,
+    answer_questions,
+    clean_question,
+    deal,
+    embeddings,
+    generate_questions,
+    load_rows,
+    local_embedding,
+)
+from helpers.snapshots import DATA
 
-@pytest.mark.parametrize("reply", ["Who was he?", "Question: Who was he?", "**Question:** Who was he?", "1. Who was he?",
-                                   "Q1: Who was he?", "**Question 2:** Who was he?", "- Who was he?", "Sure, here is a question:\n\n1) Who was he?\n2) Who was she?", "question:  Who was he?  "])
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Who was he?",
+        "Question: Who was he?",
+        "**Question:** Who was he?",
+        "1. Who was he?",
+        "Q1: Who was he?",
+        "**Question 2:** Who was he?",
+        "- Who was he?",
+        "Sure, here is a question:\n\n1) Who was he?\n2) Who was she?",
+        "question:  Who was he?  ",
+    ],
+)
 def test_a_question_is_freed_of_what_models_put_before_it(reply):
     assert clean_question(reply) == "Who was he?"
 
@@ -56,7 +77,10 @@ def test_a_live_reader_is_asked_once_and_its_pages_are_frozen(monkeypatch, tmp_p
     for _ in range(2):
         documents = SnapshotReader(live).load_data(pages=["Oslo", "Bergen"], auto_suggest=False)
     assert [document.text for document in documents] == ["All about Oslo.", "All about Bergen."]
-    assert live.asked == [(["Oslo"], {"auto_suggest": False}), (["Bergen"], {"auto_suggest": False})]
+    assert live.asked == [
+        (["Oslo"], {"auto_suggest": False}),
+        (["Bergen"], {"auto_suggest": False}),
+    ]
     monkeypatch.setenv("JUDGE_MODE", "replay")
     assert SnapshotReader(live).load_data(pages=["Oslo"])[0].text == "All about Oslo."
     with pytest.raises(FileNotFoundError, match="no page 'Trondheim'"):
@@ -67,11 +91,16 @@ def test_a_live_reader_is_asked_once_and_its_pages_are_frozen(monkeypatch, tmp_p
 def test_a_snapshot_without_documents_uses_the_bundled_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("SNAPSHOT", str(tmp_path))
     monkeypatch.setenv("JUDGE_MODE", "record")
-    assert SnapshotReader().load_data(pages=["History of Tokyo"])[0].text == (DATA / "documents" / "History_of_Tokyo.txt").read_text()
+    assert (
+        SnapshotReader().load_data(pages=["History of Tokyo"])[0].text
+        == (DATA / "documents" / "History_of_Tokyo.txt").read_text()
+    )
 
 
 def nodes():
-    documents = [Document(text=f"Fact {i} is so.", metadata={"title": f"Page {i}"}) for i in range(3)]
+    documents = [
+        Document(text=f"Fact {i} is so.", metadata={"title": f"Page {i}"}) for i in range(3)
+    ]
     return SentenceSplitter().get_nodes_from_documents(documents)
 
 
@@ -79,7 +108,9 @@ class Writer(FakeLive):
     def chat(self, messages, **kwargs):
         response = super().chat(messages)
         if "generate only questions" in messages[-1].content:
-            response.message.content = f"Question: What of {messages[-1].content.split('Fact ')[1][0]}?"
+            response.message.content = (
+                f"Question: What of {messages[-1].content.split('Fact ')[1][0]}?"
+            )
         return response
 
 
@@ -90,7 +121,9 @@ def test_the_prompts_are_those_of_llama_index_s_generator(tmp_path):
     pairs = asyncio.run(generate_questions(nodes(), log.llm("m", Writer()), "Ask one thing."))
     ours = {row["messages"][-1]["content"] for row in load_rows(log.path)}
     theirs_log = CallLog(tmp_path / "theirs.jsonl", "record")
-    generator = DatasetGenerator(nodes=nodes(), llm=theirs_log.llm("m", Writer()), question_gen_query="Ask one thing.")
+    generator = DatasetGenerator(
+        nodes=nodes(), llm=theirs_log.llm("m", Writer()), question_gen_query="Ask one thing."
+    )
     questions = asyncio.run(generator.agenerate_questions_from_nodes())
     theirs = {row["messages"][-1]["content"] for row in load_rows(theirs_log.path)}
     assert theirs == {prompt for prompt in ours if "generate only questions" in prompt}
@@ -106,20 +139,43 @@ def test_an_empty_reference_names_its_chunk_and_the_way_out(tmp_path):
                 response.message.content = " "
             return response
 
-    with pytest.raises(ValueError, match="a chunk of 'Page 1': an empty reply .* to 'What of 1\\?'; to have it asked again"):
-        asyncio.run(generate_questions(nodes(), CallLog(tmp_path / "c.jsonl", "record").llm("m", Mute()), "Ask one thing."))
+    with pytest.raises(
+        ValueError,
+        match="a chunk of 'Page 1': an empty reply .* to 'What of 1\\?'; to have it asked again",
+    ):
+        asyncio.run(
+            generate_questions(
+                nodes(), CallLog(tmp_path / "c.jsonl", "record").llm("m", Mute()), "Ask one thing."
+            )
+        )
 
 
 def test_each_engine_answers_its_question(tmp_path):
     log = CallLog(tmp_path / "c.jsonl", "record")
     all_nodes = nodes()
-    engines = [(f"m{i}", SummaryIndex(all_nodes).as_query_engine(llm=log.llm(f"m{i}", FakeLive(), system_prompt=f"You are {i}.")))
-               for i in range(3)]
-    pairs = [{"question": f"What of {i}?", "reference": "So.", "document": f"Page {i}"} for i in range(3)]
+    engines = [
+        (
+            f"m{i}",
+            SummaryIndex(all_nodes).as_query_engine(
+                llm=log.llm(f"m{i}", FakeLive(), system_prompt=f"You are {i}.")
+            ),
+        )
+        for i in range(3)
+    ]
+    pairs = [
+        {"question": f"What of {i}?", "reference": "So.", "document": f"Page {i}"} for i in range(3)
+    ]
     rows = asyncio.run(answer_questions(pairs, engines))
     assert [row["response_data"]["model"] for row in rows] == ["m0", "m1", "m2"]
-    assert [row["messages"][0]["content"] for row in load_rows(log.path)] == ["You are 0.", "You are 1.", "You are 2."]
-    assert rows[2]["response_data"]["context"] == "Fact 0 is so...." and rows[2]["document"] == "Page 2"
+    assert [row["messages"][0]["content"] for row in load_rows(log.path)] == [
+        "You are 0.",
+        "You are 1.",
+        "You are 2.",
+    ]
+    assert (
+        rows[2]["response_data"]["context"] == "Fact 0 is so...."
+        and rows[2]["document"] == "Page 2"
+    )
     with pytest.raises(ValueError, match="3 pairs and 2 engines"):
         asyncio.run(answer_questions(pairs, engines[:2]))
 
@@ -127,7 +183,11 @@ def test_each_engine_answers_its_question(tmp_path):
 def test_the_bundled_vectors_are_those_of_the_encoder_here():
     """Of texts of the bundled rows: what replay takes from the file is what the encoder says, to half precision."""
     rows = load_rows(DATA / "single_grading" / "test_qa.jsonl")[::9]
-    texts = [text for row in rows for text in (row["question"], row["response_data"]["text"], row["response_data"]["context"])]
+    texts = [
+        text
+        for row in rows
+        for text in (row["question"], row["response_data"]["text"], row["response_data"]["context"])
+    ]
     stored = embeddings.read_vectors(embeddings.EMBEDDINGS)
     encoded = np.array(local_embedding().encoder.get_text_embedding_batch(texts))
     assert np.allclose([stored[embeddings._digest(text)] for text in texts], encoded, atol=5e-4)
@@ -144,4 +204,7 @@ def test_the_encoder_is_loaded_only_for_a_text_that_is_not_there(monkeypatch, tm
     monkeypatch.delenv("KEEP_EMBEDDINGS")
     monkeypatch.setattr(embeddings, "EMBEDDINGS", tmp_path / "kept.npz")
     again = embeddings.LocalEmbedding()
-    assert again.get_text_embedding_batch(["A text of nobody's.", known]) == new and again._encoder is None
+    assert (
+        again.get_text_embedding_batch(["A text of nobody's.", known]) == new
+        and again._encoder is None
+    )

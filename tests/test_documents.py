@@ -7,10 +7,14 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 import wikipedia.wikipedia as package
+
 from helpers import SnapshotReader, UnreadPages, Wikipedia, documents
 
-TEXTS = {"History of Oslo": "Oslo was founded around 1040.", "History of Bergen": "Bergen lies between seven mountains.",
-         "Old Oslo": "Oslo was founded around 1040."}
+TEXTS = {
+    "History of Oslo": "Oslo was founded around 1040.",
+    "History of Bergen": "Bergen lies between seven mountains.",
+    "Old Oslo": "Oslo was founded around 1040.",
+}
 
 
 class Api:
@@ -23,9 +27,17 @@ class Api:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 api.agents.add(self.headers["User-Agent"])
-                query = {name: value[0] for name, value in parse_qs(urlparse(self.path).query, keep_blank_values=True).items()}
+                query = {
+                    name: value[0]
+                    for name, value in parse_qs(
+                        urlparse(self.path).query, keep_blank_values=True
+                    ).items()
+                }
                 api.searches += "srsearch" in query
-                title = query.get("titles") or {"1": "History of Oslo", "2": "History of Bergen"}.get(query.get("pageids"), "")
+                title = query.get("titles") or {
+                    "1": "History of Oslo",
+                    "2": "History of Bergen",
+                }.get(query.get("pageids"), "")
                 api.asked.append(title)
                 status, left = api.refuse.get(title, (200, 0))
                 if left:
@@ -49,15 +61,39 @@ class Api:
     def page(title: str, query: dict) -> dict:
         if title == "Oslo (disambiguation)":
             if query.get("prop") == "revisions":
-                return {"pages": {"9": {"revisions": [{"*": "<ul><li><a>History of Oslo</a></li><li><a>Oslo, Minnesota</a></li></ul>"}]}}}
-            return {"pages": {"9": {"pageid": 9, "title": title, "pageprops": {"disambiguation": ""}}}}
+                return {
+                    "pages": {
+                        "9": {
+                            "revisions": [
+                                {
+                                    "*": "<ul><li><a>History of Oslo</a></li><li><a>Oslo, Minnesota</a></li></ul>"
+                                }
+                            ]
+                        }
+                    }
+                }
+            return {
+                "pages": {"9": {"pageid": 9, "title": title, "pageprops": {"disambiguation": ""}}}
+            }
         if title == "Old Oslo":
-            return {"redirects": [{"from": "Old Oslo", "to": "History of Oslo"}], "pages": {"1": {"pageid": 1, "title": "History of Oslo"}}}
+            return {
+                "redirects": [{"from": "Old Oslo", "to": "History of Oslo"}],
+                "pages": {"1": {"pageid": 1, "title": "History of Oslo"}},
+            }
         if title not in TEXTS:
             return {"pages": {"-1": {"title": title, "missing": ""}}}
         pageid = {"History of Oslo": "1", "History of Bergen": "2"}[title]
-        return {"pages": {pageid: {"pageid": int(pageid), "title": title, "fullurl": "https://x", "extract": TEXTS[title],
-                                   "revisions": [{"revid": 7, "parentid": 6}]}}}
+        return {
+            "pages": {
+                pageid: {
+                    "pageid": int(pageid),
+                    "title": title,
+                    "fullurl": "https://x",
+                    "extract": TEXTS[title],
+                    "revisions": [{"revid": 7, "parentid": 6}],
+                }
+            }
+        }
 
 
 @pytest.fixture
@@ -82,28 +118,41 @@ def test_pages_are_read_by_their_titles_and_frozen_at_once(api, monkeypatch):
     read = SnapshotReader().load_data(pages=pages)
     assert [document.text for document in read] == [TEXTS[title] for title in pages]
     assert [document.metadata["title"] for document in read] == pages
-    assert api.agents == {"judges/1.0 (me@example.org)"} and not api.searches, "a search may end at another page"
+    assert api.agents == {"judges/1.0 (me@example.org)"} and not api.searches, (
+        "a search may end at another page"
+    )
     before = len(api.asked)
     again = SnapshotReader().load_data(pages=pages)
     monkeypatch.setenv("JUDGE_MODE", "replay")
     replayed = SnapshotReader().load_data(pages=pages)
-    assert [d.text for d in again] == [d.text for d in replayed] == [d.text for d in read] and len(api.asked) == before
-    assert "example.org" in documents.Wikipedia("x (y@example.org)").user_agent and documents.Wikipedia().user_agent.startswith("judges/1.0")
+    assert [d.text for d in again] == [d.text for d in replayed] == [d.text for d in read] and len(
+        api.asked
+    ) == before
+    assert "example.org" in documents.Wikipedia(
+        "x (y@example.org)"
+    ).user_agent and documents.Wikipedia().user_agent.startswith("judges/1.0")
 
 
-@pytest.mark.parametrize("bad, refuse, said", [
-    ("History of Nowhere", None, "there is no page of exactly this title"),
-    ("Oslo (disambiguation)", None, "ambiguous: name one of History of Oslo, Oslo, Minnesota"),
-    ("History of Bergen", (403, 99), "refused (403): set WIKIPEDIA_USER_AGENT"),
-    ("History of Bergen", (429, 99), "too many requests (429): run again later"),
-])
+@pytest.mark.parametrize(
+    "bad, refuse, said",
+    [
+        ("History of Nowhere", None, "there is no page of exactly this title"),
+        ("Oslo (disambiguation)", None, "ambiguous: name one of History of Oslo, Oslo, Minnesota"),
+        ("History of Bergen", (403, 99), "refused (403): set WIKIPEDIA_USER_AGENT"),
+        ("History of Bergen", (429, 99), "too many requests (429): run again later"),
+    ],
+)
 def test_one_bad_page_is_reported_and_the_others_are_kept(api, bad, refuse, said):
     if refuse:
         api.refuse[bad] = refuse
     with pytest.raises(UnreadPages) as caught:
         SnapshotReader().load_data(pages=[bad, "History of Oslo"])
-    assert f"  {bad}: {said}" in str(caught.value) and "1 of 2 pages could not be read" in str(caught.value)
-    assert api.asked.count(bad) == {429: 6}.get(refuse and refuse[0], 2 if "disambiguation" in bad else 1)
+    assert f"  {bad}: {said}" in str(caught.value) and "1 of 2 pages could not be read" in str(
+        caught.value
+    )
+    assert api.asked.count(bad) == {429: 6}.get(
+        refuse and refuse[0], 2 if "disambiguation" in bad else 1
+    )
     before = len(api.asked)
     assert SnapshotReader().load_data(pages=["History of Oslo"])[0].text == TEXTS["History of Oslo"]
     assert len(api.asked) == before, "the good page was read again"
@@ -116,11 +165,16 @@ def test_what_fails_for_a_while_is_asked_again(api):
 
 def test_what_to_read_is_a_setting(api, monkeypatch):
     monkeypatch.setenv("DOCUMENTS", "encyclopaedia")
-    with pytest.raises(ValueError, match="DOCUMENTS='encyclopaedia': expected bundled or wikipedia"):
+    with pytest.raises(
+        ValueError, match="DOCUMENTS='encyclopaedia': expected bundled or wikipedia"
+    ):
         SnapshotReader()
 
 
 def test_wikipedia_itself_is_talked_to_in_private(monkeypatch):
     monkeypatch.setattr(package, "API_URL", "http://en.wikipedia.org/w/api.php")
     monkeypatch.setattr(package, "requests", package.requests)
-    assert Wikipedia("x").load_data(pages=[]) == [] and package.API_URL == "https://en.wikipedia.org/w/api.php"
+    assert (
+        Wikipedia("x").load_data(pages=[]) == []
+        and package.API_URL == "https://en.wikipedia.org/w/api.php"
+    )

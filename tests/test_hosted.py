@@ -5,11 +5,20 @@ import json
 import logging
 
 import pytest
-from helpers import CallLog, DamagedFile, RunStopped, cost_table, hosted_students, judge_rows, load_rows, save_events
-from helpers.hosted import FinetuningFailed, HostedFinetuneEngine
 from llama_index.core.evaluation import CorrectnessEvaluator
-from llama_index.finetuning import OpenAIFinetuneEngine
 from server import Server, answer
+
+from helpers import (
+    CallLog,
+    DamagedFile,
+    RunStopped,
+    cost_table,
+    hosted_students,
+    judge_rows,
+    load_rows,
+    save_events,
+)
+from helpers.hosted import FinetuningFailed, HostedFinetuneEngine
 
 CREATED = ("POST", "/v1/fine_tuning/jobs")
 
@@ -24,8 +33,19 @@ def quick(monkeypatch):
 @pytest.fixture
 def chats(tmp_path):
     path = tmp_path / "events.jsonl"
-    save_events(path, [{"messages": [{"role": "system", "content": "Judge."}, {"role": "user", "content": f"Row {i}."},
-                                     {"role": "assistant", "content": f"{1 + i % 5}\nSo."}]} for i in range(12)])
+    save_events(
+        path,
+        [
+            {
+                "messages": [
+                    {"role": "system", "content": "Judge."},
+                    {"role": "user", "content": f"Row {i}."},
+                    {"role": "assistant", "content": f"{1 + i % 5}\nSo."},
+                ]
+            }
+            for i in range(12)
+        ],
+    )
     return path
 
 
@@ -35,7 +55,16 @@ def engine(server, chats, **settings):
 
 def test_a_job_goes_its_way_and_its_model_judges(chats, tmp_path, rows, capsys):
     with Server() as server:
-        tuned = engine(server, chats, validation_path=chats, suffix="judge", seed=7, hyperparameters={"n_epochs": 2})
+        tuned = engine(
+            server,
+            chats,
+            validation_path=chats,
+            suffix="judge",
+            seed=7,
+            hyperparameters={"n_epochs": 2},
+        )
+        from llama_index.finetuning import OpenAIFinetuneEngine  # not before the helpers import it
+
         assert isinstance(tuned, OpenAIFinetuneEngine)
         tuned.finetune()
         with pytest.raises(ValueError, match="is 'queued': call wait"):
@@ -43,45 +72,96 @@ def test_a_job_goes_its_way_and_its_model_judges(chats, tmp_path, rows, capsys):
         assert tuned.wait().status == "succeeded"
         [(id, job)] = server.jobs.items()
         assert (job["suffix"], job["seed"], job["model"]) == ("judge", 7, "gpt-4.1-mini")
-        assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}
-        assert server.files[job["training_file"]] == chats.read_bytes() == server.files[job["validation_file"]]
+        assert job["method"] == {
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 2}},
+        }
+        assert (
+            server.files[job["training_file"]]
+            == chats.read_bytes()
+            == server.files[job["validation_file"]]
+        )
         log = CallLog(tmp_path / "c.jsonl")
         judge = CorrectnessEvaluator(llm=log.llm("ft", tuned.get_finetuned_model()))
-        assert all(row["evaluations"][0]["score"] for row in asyncio.run(judge_rows(rows, judge, name="t")))
+        assert all(
+            row["evaluations"][0]["score"] for row in asyncio.run(judge_rows(rows, judge, name="t"))
+        )
         assert {body["model"] for body in server.bodies} == {f"ft:gpt-4.1-mini:org:soft-judge:{id}"}
     said = capsys.readouterr().out
-    assert [line.split(": ")[-1] for line in said.splitlines()] == ["started", "running", "succeeded"]
+    assert [line.split(": ")[-1] for line in said.splitlines()] == [
+        "started",
+        "running",
+        "succeeded",
+    ]
 
 
 def test_waiting_shows_each_status_once(chats, capsys):
-    with Server(job=("validating_files", "queued", "queued", "queued", "running", "running", "succeeded")) as server:
+    with Server(
+        job=("validating_files", "queued", "queued", "queued", "running", "running", "succeeded")
+    ) as server:
         tuned = engine(server, chats)
         tuned.finetune()
         tuned.wait()
-    assert [line.split(": ")[-1] for line in capsys.readouterr().out.splitlines()] == ["started", "queued", "running", "succeeded"]
+    assert [line.split(": ")[-1] for line in capsys.readouterr().out.splitlines()] == [
+        "started",
+        "queued",
+        "running",
+        "succeeded",
+    ]
 
 
-@pytest.mark.parametrize("status, message", [
-    (400, "Model gpt-3.5-turbo is not available for fine-tuning"), (403, "You are not allowed to create fine-tuning jobs"),
-    (404, "The model does not exist")])
+@pytest.mark.parametrize(
+    "status, message",
+    [
+        (400, "Model gpt-3.5-turbo is not available for fine-tuning"),
+        (403, "You are not allowed to create fine-tuning jobs"),
+        (404, "The model does not exist"),
+    ],
+)
 def test_a_refusal_raises_at_once_with_the_services_words_and_the_way_out(chats, status, message):
-    with Server(gate=lambda method, path, before: answer(status, message) if (method, path) == CREATED else None) as server:
+    with Server(
+        gate=lambda method, path, before: (
+            answer(status, message) if (method, path) == CREATED else None
+        )
+    ) as server:
         with pytest.raises(FinetuningFailed) as failed:
             engine(server, chats).finetune()
         assert server.requests.count(CREATED) == 1
     said = str(failed.value)
-    assert message in said and "none from accounts that had none before" in said and "LocalFinetuneEngine" in said
+    assert (
+        message in said
+        and "none from accounts that had none before" in said
+        and "LocalFinetuneEngine" in said
+    )
 
 
-@pytest.mark.parametrize("fault, posts", [(lambda before: answer(500, "Sorry") if before < 2 else None, 3), (lambda before: "lost" if before < 1 else None, 1)])
+@pytest.mark.parametrize(
+    "fault, posts",
+    [
+        (lambda before: answer(500, "Sorry") if before < 2 else None, 3),
+        (lambda before: "lost" if before < 1 else None, 1),
+    ],
+)
 def test_a_job_is_started_once_whatever_becomes_of_the_reply(chats, fault, posts):
-    with Server(gate=lambda method, path, before: fault(before) if (method, path) == CREATED else None) as server:
+    with Server(
+        gate=lambda method, path, before: fault(before) if (method, path) == CREATED else None
+    ) as server:
         tuned = engine(server, chats)
         tuned.finetune()
-        assert len(server.jobs) == 1 and server.requests.count(CREATED) == posts and tuned.wait().status == "succeeded"
+        assert (
+            len(server.jobs) == 1
+            and server.requests.count(CREATED) == posts
+            and tuned.wait().status == "succeeded"
+        )
 
 
-@pytest.mark.parametrize("last, said", [("failed", r"ftjob-1 failed: Line 3 is too long. \(invalid_training_file\)"), ("cancelled", "ftjob-1 was cancelled")])
+@pytest.mark.parametrize(
+    "last, said",
+    [
+        ("failed", r"ftjob-1 failed: Line 3 is too long. \(invalid_training_file\)"),
+        ("cancelled", "ftjob-1 was cancelled"),
+    ],
+)
 def test_a_job_that_fails_says_why(chats, last, said):
     with Server(job=("queued", "running", last)) as server:
         tuned = engine(server, chats)
@@ -97,11 +177,16 @@ def test_a_job_that_never_ends_is_left_and_picked_up_by_its_id(chats, monkeypatc
     with Server(job=("queued", "running")) as server:
         tuned = engine(server, chats)
         tuned.finetune()
-        with pytest.raises(RunStopped, match=r"ftjob-1 is 'running' after 3e-05 hours.*run again to wait for it") as stopped:
+        with pytest.raises(
+            RunStopped, match=r"ftjob-1 is 'running' after 3e-05 hours.*run again to wait for it"
+        ) as stopped:
             tuned.wait()
         assert not isinstance(stopped.value, FinetuningFailed)
         server.job = ("running", "succeeded")
-        assert engine(server, chats, start_job_id="ftjob-1").wait().fine_tuned_model and len(server.jobs) == 1
+        assert (
+            engine(server, chats, start_job_id="ftjob-1").wait().fine_tuned_model
+            and len(server.jobs) == 1
+        )
         with pytest.raises(FinetuningFailed, match="Could not find fine tune: ftjob-9"):
             engine(server, chats, start_job_id="ftjob-9")
 
@@ -123,11 +208,17 @@ def test_one_base_url_setting_reaches_the_fine_tuning_client(chats, monkeypatch)
             monkeypatch.setenv(name, server.url)
             tuned = HostedFinetuneEngine("gpt-4.1-mini", chats)
             tuned.finetune()
-            assert tuned.wait() and tuned.get_finetuned_model().api_base == server.url and len(server.jobs) == 1
+            assert (
+                tuned.wait()
+                and tuned.get_finetuned_model().api_base == server.url
+                and len(server.jobs) == 1
+            )
             monkeypatch.delenv(name)
 
 
-def test_students_are_started_once_picked_up_and_replayed(chats, tmp_path, rows, monkeypatch, capsys):
+def test_students_are_started_once_picked_up_and_replayed(
+    chats, tmp_path, rows, monkeypatch, capsys
+):
     def judged(log, model):
         students, done = hosted_students(model, chats, log), rows[:2]
         for name, llm in students.items():
@@ -142,12 +233,19 @@ def test_students_are_started_once_picked_up_and_replayed(chats, tmp_path, rows,
         with pytest.raises(RunStopped, match="run again to wait for it"):
             hosted_students(model, chats, CallLog(path))
         note = json.loads(path.with_name("finetuning_job.json").read_text())
-        assert note["id"] == "ftjob-1" and note["fine_tuned_model"] is None, "the job is noted before it is waited for"
+        assert note["id"] == "ftjob-1" and note["fine_tuned_model"] is None, (
+            "the job is noted before it is waited for"
+        )
         server.job = ("running", "running", "running", "succeeded")
         monkeypatch.setenv("FINETUNING_HOURS", "1")
         live_rows = judged(CallLog(path), model)
-        assert [e["llm"] for e in live_rows[0]["evaluations"]] == ["hosted", "hosted_base"] and len(server.jobs) == 1
-        assert {row["model"] for row in load_rows(path)} == {"ft:gpt-4.1-mini:org:soft-name:ftjob-1", "gpt-4.1-mini"}
+        assert [e["llm"] for e in live_rows[0]["evaluations"]] == ["hosted", "hosted_base"] and len(
+            server.jobs
+        ) == 1
+        assert {row["model"] for row in load_rows(path)} == {
+            "ft:gpt-4.1-mini:org:soft-name:ftjob-1",
+            "gpt-4.1-mini",
+        }
         again = len(server.requests)
         assert judged(CallLog(path), model) == live_rows and len(server.requests) == again
     monkeypatch.setenv("JUDGE_MODE", "replay")
@@ -156,16 +254,27 @@ def test_students_are_started_once_picked_up_and_replayed(chats, tmp_path, rows,
     monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
     line = cost_table(log).loc[("fine-tuning", "gpt-4.1-mini")]
     tokens = 3 * len(chats.read_bytes()) // 4
-    assert (line["prompt tokens"], line["tokens"], line["$"]) == (tokens, "reported", pytest.approx(5 * tokens / 1e6, abs=1e-4))
-    with pytest.raises(FileNotFoundError, match="no fine-tuned model of 'gpt-4.1-mini' was recorded"):
+    assert (line["prompt tokens"], line["tokens"], line["$"]) == (
+        tokens,
+        "reported",
+        pytest.approx(5 * tokens / 1e6, abs=1e-4),
+    )
+    with pytest.raises(
+        FileNotFoundError, match="no fine-tuned model of 'gpt-4.1-mini' was recorded"
+    ):
         hosted_students("gpt-4.1-mini", chats, CallLog(tmp_path / "other" / "calls.jsonl"))
 
 
-@pytest.mark.parametrize("moment", ["after the upload", "while it is created", "after it was created"])
+@pytest.mark.parametrize(
+    "moment", ["after the upload", "while it is created", "after it was created"]
+)
 def test_a_job_is_paid_once_wherever_the_run_is_interrupted(moment, chats, tmp_path):
     path = tmp_path / "snapshot" / "calls.jsonl"
-    down = {"after the upload": lambda method, path: (method, path) == CREATED, "after it was created": lambda method, path: "ftjob" in path,
-            "while it is created": lambda method, path: method == "GET" and "jobs" in path}[moment]
+    down = {
+        "after the upload": lambda method, path: (method, path) == CREATED,
+        "after it was created": lambda method, path: "ftjob" in path,
+        "while it is created": lambda method, path: method == "GET" and "jobs" in path,
+    }[moment]
 
     def gate(method, path, before):
         if moment == "while it is created" and (method, path) == CREATED and before == 0:
@@ -179,7 +288,9 @@ def test_a_job_is_paid_once_wherever_the_run_is_interrupted(moment, chats, tmp_p
             import helpers.hosted as hosted
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(hosted.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+                patch.setattr(
+                    hosted.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt)
+                )
                 with pytest.raises(KeyboardInterrupt):
                     hosted_students(model, chats, CallLog(path))
         else:
@@ -190,7 +301,11 @@ def test_a_job_is_paid_once_wherever_the_run_is_interrupted(moment, chats, tmp_p
 
 
 def test_a_service_that_is_gone_while_we_wait_is_looked_for_again(chats, capsys):
-    with Server(gate=lambda method, path, before: answer(503, "Sorry") if "ftjob" in path and before < 8 else None) as server:
+    with Server(
+        gate=lambda method, path, before: (
+            answer(503, "Sorry") if "ftjob" in path and before < 8 else None
+        )
+    ) as server:
         tuned = engine(server, chats)
         tuned.finetune()
         assert tuned.wait().status == "succeeded"
@@ -204,14 +319,21 @@ def test_a_job_of_another_account_is_named_with_its_note(chats, tmp_path):
         note = path.with_name("finetuning_job.json")
         note.write_text(json.dumps({**json.loads(note.read_text()), "fine_tuned_model": None}))
         server.jobs.clear()
-        with pytest.raises(FinetuningFailed, match="ftjob-1 is not known to this account.*Delete .*finetuning_job.json to start a new one"):
+        with pytest.raises(
+            FinetuningFailed,
+            match="ftjob-1 is not known to this account.*Delete .*finetuning_job.json to start a new one",
+        ):
             hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
 
 
 def test_a_refused_job_is_not_in_the_bill(chats, tmp_path, monkeypatch):
     monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
     log = CallLog(tmp_path / "snapshot" / "calls.jsonl")
-    with Server(gate=lambda method, path, before: answer(403, "Not for you") if (method, path) == CREATED else None) as server:
+    with Server(
+        gate=lambda method, path, before: (
+            answer(403, "Not for you") if (method, path) == CREATED else None
+        )
+    ) as server:
         with pytest.raises(FinetuningFailed, match="Not for you"):
             hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
     assert log.ledger.spent() == CallLog(log.path).ledger.spent() == 0
@@ -231,8 +353,13 @@ def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, tmp_path, monke
             else:
                 hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
                 paid += 3 * len(chats.read_bytes()) // 4
-            assert log.ledger.spent() == pytest.approx(5 * paid / 1e6) == CallLog(path).ledger.spent()
-        assert {job["method"]["supervised"]["hyperparameters"]["n_epochs"] for job in server.jobs.values()} == {3}
+            assert (
+                log.ledger.spent() == pytest.approx(5 * paid / 1e6) == CallLog(path).ledger.spent()
+            )
+        assert {
+            job["method"]["supervised"]["hyperparameters"]["n_epochs"]
+            for job in server.jobs.values()
+        } == {3}
 
 
 def test_another_file_is_another_job_and_a_failed_one_is_not_waited_for_again(chats, tmp_path):
@@ -259,7 +386,9 @@ def test_a_job_needs_room_in_the_budget(chats, tmp_path, monkeypatch):
         with pytest.raises(RunStopped, match="price of training 'gpt-4.1-mini' is not known"):
             hosted_students(model, chats, log)
         monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
-        with pytest.raises(RunStopped, match=r"the budget of \$0.001 does not allow the fine-tuning job"):
+        with pytest.raises(
+            RunStopped, match=r"the budget of \$0.001 does not allow the fine-tuning job"
+        ):
             hosted_students(model, chats, log)
         assert not server.requests
         monkeypatch.setenv("BUDGET_DOLLARS", "1")
@@ -268,4 +397,8 @@ def test_a_job_needs_room_in_the_budget(chats, tmp_path, monkeypatch):
 
 
 def test_the_package_s_logging_is_kept_out():
-    assert not [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
+    assert not [
+        handler
+        for handler in logging.getLogger().handlers
+        if type(handler) is logging.StreamHandler
+    ]

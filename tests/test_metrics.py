@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from helpers import compare_students, correctness_report, scores_of, with_intervals
-from helpers.metrics import agreement, interval, quadratic_kappa
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import cohen_kappa_score
+
+from helpers import compare_students, correctness_report, scores_of, with_intervals
+from helpers.metrics import agreement, interval, quadratic_kappa
 
 
 def judged(documents: int = 6, each: int = 8, seed: int = 0, **noise) -> list[dict]:
@@ -14,9 +15,19 @@ def judged(documents: int = 6, each: int = 8, seed: int = 0, **noise) -> list[di
     rows = []
     for i in range(documents * each):
         truth = rng.integers(2, 11) / 2
-        scores = {name: float(np.clip(np.round(2 * (truth + rng.normal(scale=spread))) / 2, 1, 5)) for name, spread in noise.items()}
-        rows.append({"document": f"d{i % documents}",
-                     "evaluations": [{"llm": name, "score": score} for name, score in {"teacher": truth, **scores}.items()]})
+        scores = {
+            name: float(np.clip(np.round(2 * (truth + rng.normal(scale=spread))) / 2, 1, 5))
+            for name, spread in noise.items()
+        }
+        rows.append(
+            {
+                "document": f"d{i % documents}",
+                "evaluations": [
+                    {"llm": name, "score": score}
+                    for name, score in {"teacher": truth, **scores}.items()
+                ],
+            }
+        )
     return rows
 
 
@@ -24,10 +35,16 @@ def test_the_figures_are_those_of_scipy_and_scikit_learn():
     rows = judged(student=1.0)
     x, y = scores_of(rows, "teacher"), scores_of(rows, "student")
     report = correctness_report(rows, "teacher", ["student"]).loc["student"]
-    assert report["correlation"] == pytest.approx(pearsonr(x, y).statistic) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert (
+        report["correlation"]
+        == pytest.approx(pearsonr(x, y).statistic)
+        == pytest.approx(np.corrcoef(x, y)[0, 1])
+    )
     assert report["spearman"] == pytest.approx(spearmanr(x, y).statistic)
     categories = dict(labels=np.arange(2, 11), weights="quadratic")
-    assert report["kappa"] == pytest.approx(cohen_kappa_score((2 * x).astype(int), (2 * y).astype(int), **categories))
+    assert report["kappa"] == pytest.approx(
+        cohen_kappa_score((2 * x).astype(int), (2 * y).astype(int), **categories)
+    )
     assert report["mae"] == pytest.approx(np.abs(x - y).mean())
     assert report["n"] == 48 and report["coverage"] == 1
     for name in ("correlation", "spearman", "kappa", "mae"):
@@ -48,7 +65,9 @@ def test_an_invalid_judgement_costs_coverage_and_nothing_else():
     report = correctness_report(rows, "teacher", ["student"]).loc["student"]
     rest = correctness_report(rows[7:], "teacher", ["student"]).loc["student"]
     assert report["n"] == 41 and report["coverage"] == pytest.approx(41 / 47)
-    assert report["correlation"] == pytest.approx(rest["correlation"]) and report["mae"] == pytest.approx(rest["mae"])
+    assert report["correlation"] == pytest.approx(rest["correlation"]) and report[
+        "mae"
+    ] == pytest.approx(rest["mae"])
 
 
 def test_undefined_figures_are_nan_and_shown_as_a_dash(recwarn):
@@ -56,7 +75,9 @@ def test_undefined_figures_are_nan_and_shown_as_a_dash(recwarn):
     for row in rows:
         row["evaluations"][1]["score"] = 3.0
     report = correctness_report(rows, "teacher", ["student"])
-    assert np.isnan(report.loc["student", ["correlation", "spearman", "correlation_low"]].astype(float)).all()
+    assert np.isnan(
+        report.loc["student", ["correlation", "spearman", "correlation_low"]].astype(float)
+    ).all()
     assert report.loc["student", "kappa"] == 0
     assert with_intervals(report).loc["student", "correlation"] == "–"
     for row in rows:
@@ -106,8 +127,15 @@ def test_a_missing_or_double_judgement_is_an_error():
 
 def test_the_paired_test_sees_what_is_there_and_not_what_is_not():
     better = compare_students(judged(documents=10, good=0.4, bad=1.5), "teacher", "good", "bad")
-    assert (better["p"] < 0.01).all() and better.loc["mae", "high"] < 0 < better.loc["correlation", "low"]
-    ps = [compare_students(judged(documents=10, a=1, b=1, seed=seed), "teacher", "a", "b").loc["mae", "p"] for seed in range(8)]
+    assert (better["p"] < 0.01).all() and better.loc["mae", "high"] < 0 < better.loc[
+        "correlation", "low"
+    ]
+    ps = [
+        compare_students(judged(documents=10, a=1, b=1, seed=seed), "teacher", "a", "b").loc[
+            "mae", "p"
+        ]
+        for seed in range(8)
+    ]
     assert np.mean(np.array(ps) < 0.05) <= 0.25 and np.mean(ps) > 0.25
     same = compare_students(judged(documents=10, a=0, b=0), "teacher", "a", "b")
     assert (same["difference"] == 0).all() and (same["p"] == 1).all()
@@ -115,7 +143,10 @@ def test_the_paired_test_sees_what_is_there_and_not_what_is_not():
 
 def test_swapping_the_students_turns_the_difference():
     rows = judged(documents=7, a=0.5, b=1)
-    ab, ba = compare_students(rows, "teacher", "a", "b"), compare_students(rows, "teacher", "b", "a")
+    ab, ba = (
+        compare_students(rows, "teacher", "a", "b"),
+        compare_students(rows, "teacher", "b", "a"),
+    )
     assert ab["difference"].tolist() == pytest.approx((-ba["difference"]).tolist())
     assert ab["p"].tolist() == pytest.approx(ba["p"].tolist())
 
@@ -125,7 +156,10 @@ def test_what_is_undefined_has_no_p_value():
     for row in rows:
         row["evaluations"][2]["score"] = 3.0
     compared = compare_students(rows, "teacher", "student", "constant")
-    assert np.isnan(compared.loc["correlation", ["difference", "p"]]).all() and (compared.loc[["kappa", "mae"], "p"] < 0.1).all()
+    assert (
+        np.isnan(compared.loc["correlation", ["difference", "p"]]).all()
+        and (compared.loc[["kappa", "mae"], "p"] < 0.1).all()
+    )
     one = compare_students(judged(documents=1, each=20, a=1, b=2), "teacher", "a", "b")
     assert np.isfinite(one["difference"]).all() and one[["low", "high", "p"]].isna().all(axis=None)
 
@@ -135,7 +169,9 @@ def test_an_interval_is_never_narrower_than_for_independent_rows():
     values = np.tile(np.arange(20) % 2.0, 3)
     rows = [{"document": i // 20} for i in range(60)]
     low, high = interval(rows, lambda at: values[at].mean())
-    assert high - low > 0.2 and (low, high) == pytest.approx(interval([{}] * 60, lambda at: values[at].mean()))
+    assert high - low > 0.2 and (low, high) == pytest.approx(
+        interval([{}] * 60, lambda at: values[at].mean())
+    )
 
 
 def test_the_paired_test_needs_common_rows():

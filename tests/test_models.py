@@ -10,11 +10,23 @@ import time
 import pytest
 from aiohttp import web
 from conftest import ROOT
-from helpers import (CallLog, RunStopped, SingleGradingEvaluator, embedding_of, hosted_students, judge_rows, live, load_rows, models, models_of,
-                     name_of)
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.evaluation import CorrectnessEvaluator
 from server import Server, answer
+
+from helpers import (
+    CallLog,
+    RunStopped,
+    SingleGradingEvaluator,
+    embedding_of,
+    hosted_students,
+    judge_rows,
+    live,
+    load_rows,
+    models,
+    models_of,
+    name_of,
+)
 
 KEY = "sk-proj-Zq81xTnotAkey0000"
 
@@ -25,8 +37,12 @@ def key(monkeypatch):
 
 
 def judged(rows, path, server, model="gpt-4.1", concurrency=16):
-    llm = CallLog(path, "record").llm(name_of(model), live(f"{model}@{server.url}"), params={"temperature": 0})
-    return asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t", concurrency=concurrency))
+    llm = CallLog(path, "record").llm(
+        name_of(model), live(f"{model}@{server.url}"), params={"temperature": 0}
+    )
+    return asyncio.run(
+        judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t", concurrency=concurrency)
+    )
 
 
 def about(question: str):
@@ -36,22 +52,59 @@ def about(question: str):
 
 # Faults of one call: what the row says, and how many requests were sent for it. All other rows are judged.
 ONE_CALL = {
-    "429": (lambda before: answer(429, "Rate limit reached", "rate_limit_exceeded"), "RateLimitError", models.ATTEMPTS),
-    "429 for a while": (lambda before: answer(429, "Rate limit reached") if before < 2 else None, None, 3),
+    "429": (
+        lambda before: answer(429, "Rate limit reached", "rate_limit_exceeded"),
+        "RateLimitError",
+        models.ATTEMPTS,
+    ),
+    "429 for a while": (
+        lambda before: answer(429, "Rate limit reached") if before < 2 else None,
+        None,
+        3,
+    ),
     "400": (lambda before: answer(400, "Unsupported value: temperature"), "BadRequestError", 1),
-    "500": (lambda before: answer(500, "The server had an error"), "InternalServerError", models.ATTEMPTS),
-    "500 once": (lambda before: answer(500, "The server had an error") if before < 1 else None, None, 2),
+    "500": (
+        lambda before: answer(500, "The server had an error"),
+        "InternalServerError",
+        models.ATTEMPTS,
+    ),
+    "500 once": (
+        lambda before: answer(500, "The server had an error") if before < 1 else None,
+        None,
+        2,
+    ),
     "503": (lambda before: answer(503, "Overloaded"), "InternalServerError", models.ATTEMPTS),
     "dropped in the body": (lambda before: "drop", "APIConnectionError", models.ATTEMPTS),
     "dropped once": (lambda before: "drop" if before < 1 else None, None, 2),
-    "bad JSON": (lambda before: web.Response(text="{not json", content_type="application/json"), "JSONDecodeError", 1),
-    "empty choices": (lambda before: web.json_response({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": []}),
-                      "IndexError", 1),
+    "bad JSON": (
+        lambda before: web.Response(text="{not json", content_type="application/json"),
+        "JSONDecodeError",
+        1,
+    ),
+    "empty choices": (
+        lambda before: web.json_response(
+            {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": []}
+        ),
+        "IndexError",
+        1,
+    ),
     "empty content": (lambda before: {"content": ""}, "empty reply", 1),
     "null content": (lambda before: {"content": None}, "empty reply", 1),
-    "a refusal": (lambda before: {"content": None, "refusal": "I cannot help with that."}, "empty reply", 1),
-    "cut off": (lambda before: {"content": "4.0\nBecau", "finish_reason": "length"}, "cut off (finish_reason length)", 1),
-    "filtered": (lambda before: {"content": "4.0\n", "finish_reason": "content_filter"}, "cut off (finish_reason content_filter)", 1),
+    "a refusal": (
+        lambda before: {"content": None, "refusal": "I cannot help with that."},
+        "empty reply",
+        1,
+    ),
+    "cut off": (
+        lambda before: {"content": "4.0\nBecau", "finish_reason": "length"},
+        "cut off (finish_reason length)",
+        1,
+    ),
+    "filtered": (
+        lambda before: {"content": "4.0\n", "finish_reason": "content_filter"},
+        "cut off (finish_reason content_filter)",
+        1,
+    ),
     "no verdict": (lambda before: {"content": "I would rather not."}, "no score in the reply", 1),
 }
 
@@ -73,30 +126,46 @@ def test_a_fault_of_one_call_touches_its_row_only(name, rows, tmp_path):
         again = judged(rows, tmp_path / "c.jsonl", server)
         assert len(server.bodies) == times + 11 + (12 - answered)
         assert answered == (12 if said is None or "Error" not in said else 11)
-        assert [row["evaluations"][0] for row in again if row is not again[5]] == [row["evaluations"][0] for row in done if row is not done[5]]
+        assert [row["evaluations"][0] for row in again if row is not again[5]] == [
+            row["evaluations"][0] for row in done if row is not done[5]
+        ]
 
 
 # Faults that every call would meet: the run stops, and asks no more than was under way.
-@pytest.mark.parametrize("status, code, said", [
-    (401, "invalid_api_key", "the key is missing or not valid"), (402, "no_credit", "the account has no credit left"), (403, "forbidden", "the key may not do this"),
-    (404, "model_not_found", "there is no such model"), (429, "insufficient_quota", "the account has no quota left"),
-])
+@pytest.mark.parametrize(
+    "status, code, said",
+    [
+        (401, "invalid_api_key", "the key is missing or not valid"),
+        (402, "no_credit", "the account has no credit left"),
+        (403, "forbidden", "the key may not do this"),
+        (404, "model_not_found", "there is no such model"),
+        (429, "insufficient_quota", "the account has no quota left"),
+    ],
+)
 def test_a_fault_of_every_call_stops_the_run(status, code, said, rows, tmp_path):
     many = [{**row, "question": f"{row['question']} {i}"} for i in range(5) for row in rows]
     late = []
 
     def fault(body, before):
         late.append(1)
-        return answer(status, f"Incorrect API key provided: {KEY}. You exceeded it.", code) if len(late) > 20 else None
+        return (
+            answer(status, f"Incorrect API key provided: {KEY}. You exceeded it.", code)
+            if len(late) > 20
+            else None
+        )
 
     with Server(fault=fault) as server:
         with pytest.raises(RunStopped, match=said) as stopped:
             judged(many, tmp_path / "c.jsonl", server, concurrency=4)
         assert len(server.bodies) <= 24 and len(load_rows(tmp_path / "c.jsonl")) == 20
-        assert "20 of 60 rows were done" in str(stopped.value) and "run again to go on" in str(stopped.value)
+        assert "20 of 60 rows were done" in str(stopped.value) and "run again to go on" in str(
+            stopped.value
+        )
         assert KEY not in str(stopped.value) and "[key]" in str(stopped.value)
         before, server.fault = len(server.bodies), None
-        assert all(row["evaluations"][0]["score"] for row in judged(many, tmp_path / "c.jsonl", server))
+        assert all(
+            row["evaluations"][0]["score"] for row in judged(many, tmp_path / "c.jsonl", server)
+        )
         assert len(server.bodies) == before + 40
 
 
@@ -118,10 +187,18 @@ def test_what_a_server_may_ask_for():
         def __init__(self, **headers):
             self.response = type("Response", (), {"headers": headers, "status_code": 429})()
 
-    assert models.retry_after(Refused()) is None and models.retry_after(Refused(**{"retry-after": "7"})) == 7
+    assert (
+        models.retry_after(Refused()) is None
+        and models.retry_after(Refused(**{"retry-after": "7"})) == 7
+    )
     assert models.retry_after(Refused(**{"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})) == 0
-    assert models.retry_after(Refused(**{"retry-after": "soon"})) is None and models.retry_after(Refused(**{"retry-after": "-1"})) == 0
-    assert models._again(Refused(**{"retry-after": "599"})) and not models._again(Refused(**{"retry-after": "601"}))
+    assert (
+        models.retry_after(Refused(**{"retry-after": "soon"})) is None
+        and models.retry_after(Refused(**{"retry-after": "-1"})) == 0
+    )
+    assert models._again(Refused(**{"retry-after": "599"})) and not models._again(
+        Refused(**{"retry-after": "601"})
+    )
 
 
 def test_a_server_that_is_gone_for_a_while_loses_nothing(rows, tmp_path, monkeypatch):
@@ -139,7 +216,10 @@ def test_a_timeout_is_asked_again_and_told(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "ATTEMPTS", 2)
     with Server(delay=1) as server:
         [row] = judged(rows[:1], tmp_path / "c.jsonl", server)
-        assert row["evaluations"][0]["invalid"] == "the call failed: APITimeoutError: Request timed out. (asked 2 times)"
+        assert (
+            row["evaluations"][0]["invalid"]
+            == "the call failed: APITimeoutError: Request timed out. (asked 2 times)"
+        )
         assert len(server.bodies) == 2
 
 
@@ -155,15 +235,27 @@ def test_a_new_event_loop_sends_nothing_twice(rows, tmp_path):
     with Server() as server:
         llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", live(f"m@{server.url}"))
         for i in range(4):
-            asyncio.run(judge_rows(rows[3 * i:3 * i + 3], CorrectnessEvaluator(llm=llm), name="t"))
+            asyncio.run(
+                judge_rows(rows[3 * i : 3 * i + 3], CorrectnessEvaluator(llm=llm), name="t")
+            )
         assert len(server.bodies) == 12
 
 
-@pytest.mark.parametrize("model", ["gpt-4.1-mini", "ft:gpt-4o-mini-2024-07-18:org:soft-name:id", "Qwen/Qwen2.5-7B-Instruct", "gpt-9"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gpt-4.1-mini",
+        "ft:gpt-4o-mini-2024-07-18:org:soft-name:id",
+        "Qwen/Qwen2.5-7B-Instruct",
+        "gpt-9",
+    ],
+)
 def test_any_model_id_is_asked_for_by_its_name(model, rows, tmp_path):
     with Server() as server:
         done = judged(rows[:2], tmp_path / "c.jsonl", server, model)
-        assert {body["model"] for body in server.bodies} == {model} and all(row["evaluations"][0]["score"] for row in done)
+        assert {body["model"] for body in server.bodies} == {model} and all(
+            row["evaluations"][0]["score"] for row in done
+        )
         assert {row["model"] for row in load_rows(tmp_path / "c.jsonl")} == {model}
 
 
@@ -186,8 +278,13 @@ def test_openai_s_key_goes_to_no_other_endpoint(rows, tmp_path, monkeypatch):
 
 
 def test_a_password_in_a_url_is_refused_and_not_shown(rows, tmp_path, monkeypatch):
-    llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", live("m@http://me:Secret0003@127.0.0.1:1/v1"))
-    with pytest.raises(RunStopped, match="'m': its endpoint's URL holds a password.*give it as ENDPOINT_API_KEY instead") as stopped:
+    llm = CallLog(tmp_path / "c.jsonl", "record").llm(
+        "m", live("m@http://me:Secret0003@127.0.0.1:1/v1")
+    )
+    with pytest.raises(
+        RunStopped,
+        match="'m': its endpoint's URL holds a password.*give it as ENDPOINT_API_KEY instead",
+    ) as stopped:
         asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t"))
     assert "Secret0003" not in str(stopped.value)
     monkeypatch.setenv("OPENAI_API_BASE", "http://me:Secret0003@127.0.0.1:1/v1")
@@ -208,8 +305,12 @@ def test_what_needs_openai_s_api_says_so(model, tmp_path, monkeypatch):
 
 def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
-    with Server(fault=lambda body, before: answer(503, "loading") if before == 0 else None) as server:
-        llm = CallLog(tmp_path / "c.jsonl", "record").llm("mistralai/M", live(f"hf:mistralai/M@{server.url}"))
+    with Server(
+        fault=lambda body, before: answer(503, "loading") if before == 0 else None
+    ) as server:
+        llm = CallLog(tmp_path / "c.jsonl", "record").llm(
+            "mistralai/M", live(f"hf:mistralai/M@{server.url}")
+        )
         reply = asyncio.run(llm.achat([ChatMessage(role="user", content="Who was it?")]))
         assert reply.message.content.startswith("It is number") and len(server.bodies) == 2
     assert "hf_notatoken" not in (tmp_path / "c.jsonl").read_text()
@@ -217,11 +318,21 @@ def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkey
 
 def test_hugging_face_s_faults_are_met_like_openai_s(rows, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
-    faults = {"Question 1?": lambda before: "drop" if before == 0 else None, "Question 2?": lambda before: answer(400, "No."),
-              "Question 3?": lambda before: answer(429, "Slow down") if before < 2 else None}
+    faults = {
+        "Question 1?": lambda before: "drop" if before == 0 else None,
+        "Question 2?": lambda before: answer(400, "No."),
+        "Question 3?": lambda before: answer(429, "Slow down") if before < 2 else None,
+    }
 
     def fault(body, before):
-        return next((make(before) for question, make in faults.items() if question in body["messages"][-1]["content"]), None)
+        return next(
+            (
+                make(before)
+                for question, make in faults.items()
+                if question in body["messages"][-1]["content"]
+            ),
+            None,
+        )
 
     with Server(fault=fault) as server:
         llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", live(f"hf:m@{server.url}"))
@@ -229,49 +340,85 @@ def test_hugging_face_s_faults_are_met_like_openai_s(rows, tmp_path, monkeypatch
         for part in (rows[:6], rows[6:]):  # two event loops
             done += asyncio.run(judge_rows(part, CorrectnessEvaluator(llm=llm), name="t"))
         assert [i for i, row in enumerate(done) if "invalid" in row["evaluations"][0]] == [2]
-        assert "BadRequestError" in done[2]["evaluations"][0]["invalid"] and len(server.bodies) == 12 + 1 + 2
+        assert (
+            "BadRequestError" in done[2]["evaluations"][0]["invalid"]
+            and len(server.bodies) == 12 + 1 + 2
+        )
         assert all(row["usage"]["prompt_tokens"] for row in load_rows(tmp_path / "c.jsonl"))
 
 
 def test_token_probabilities_come_through_openai_s_client(tmp_path):
     row = {"question": "Who?", "response_data": {"text": "Ada.", "context": "It was Ada."}}
     with Server(reply=lambda messages: "90\nGood.") as server:
-        llm = CallLog(tmp_path / "c.jsonl", "record").llm("gpt-4.1", live(f"gpt-4.1@{server.url}"), params={"logprobs": True, "top_logprobs": 2})
+        llm = CallLog(tmp_path / "c.jsonl", "record").llm(
+            "gpt-4.1", live(f"gpt-4.1@{server.url}"), params={"logprobs": True, "top_logprobs": 2}
+        )
         judge = SingleGradingEvaluator(llm, "Be fair.", scale=100, logprobs=True)
         [recorded] = asyncio.run(judge_rows([row], judge, name="t"))
-    assert server.bodies[0]["top_logprobs"] == 2 and "whole number" in server.bodies[0]["messages"][0]["content"]
+    assert (
+        server.bodies[0]["top_logprobs"] == 2
+        and "whole number" in server.bodies[0]["messages"][0]["content"]
+    )
     share = math.exp(-0.4) / (math.exp(-0.4) + math.exp(-1.2))
-    assert recorded["evaluations"][0]["distribution"] == [[0.4, pytest.approx(1 - share)], [0.9, pytest.approx(share)]]
-    llm = CallLog(tmp_path / "c.jsonl", "replay").llm("gpt-4.1", params={"logprobs": True, "top_logprobs": 2})
-    assert asyncio.run(judge_rows([row], SingleGradingEvaluator(llm, "Be fair.", scale=100, logprobs=True), name="t")) == [recorded]
+    assert recorded["evaluations"][0]["distribution"] == [
+        [0.4, pytest.approx(1 - share)],
+        [0.9, pytest.approx(share)],
+    ]
+    llm = CallLog(tmp_path / "c.jsonl", "replay").llm(
+        "gpt-4.1", params={"logprobs": True, "top_logprobs": 2}
+    )
+    assert asyncio.run(
+        judge_rows(
+            [row], SingleGradingEvaluator(llm, "Be fair.", scale=100, logprobs=True), name="t"
+        )
+    ) == [recorded]
 
 
 def test_roles_are_settings_and_a_replay_takes_them_from_the_snapshot(monkeypatch, tmp_path):
-    stand_ins = {"teacher": "stand-in-teacher", "question-writer": "stand-in-question-writer", "answerer": "stand-in-answerer",
-                 "student": "minilm", "embedding": "minilm"}
+    stand_ins = {
+        "teacher": "stand-in-teacher",
+        "question-writer": "stand-in-question-writer",
+        "answerer": "stand-in-answerer",
+        "student": "minilm",
+        "embedding": "minilm",
+    }
     assert models_of(tmp_path) == stand_ins
-    (tmp_path / ".env").write_text("# roles\nexport TEACHER_MODEL='gpt-4.1@http://127.0.0.1:1/v1'\nWRITER_MODEL=gpt-4.1-mini\n")
+    (tmp_path / ".env").write_text(
+        "# roles\nexport TEACHER_MODEL='gpt-4.1@http://127.0.0.1:1/v1'\nWRITER_MODEL=gpt-4.1-mini\n"
+    )
     assert models_of(tmp_path) == stand_ins, "a replay heeds no .env"
     monkeypatch.setenv("JUDGE_MODE", "record")
     monkeypatch.setenv("WRITER_MODEL", "hf:from/the-environment")
-    assert models_of(tmp_path)["answerer"] == "stand-in-answerer" and not (tmp_path / "models.json").exists(), "such a run is stopped"
+    assert (
+        models_of(tmp_path)["answerer"] == "stand-in-answerer"
+        and not (tmp_path / "models.json").exists()
+    ), "such a run is stopped"
     monkeypatch.setenv("ANSWERER_MODEL", "local:org/m")
     live_ones = models_of(tmp_path)
-    assert live_ones == stand_ins | {"teacher": "gpt-4.1@http://127.0.0.1:1/v1", "question-writer": "hf:from/the-environment",
-                                     "answerer": "local:org/m"}
+    assert live_ones == stand_ins | {
+        "teacher": "gpt-4.1@http://127.0.0.1:1/v1",
+        "question-writer": "hf:from/the-environment",
+        "answerer": "local:org/m",
+    }
     monkeypatch.setenv("ANSWERER_MODEL", "")
     models_of(tmp_path)  # a second run, in a shell where it was forgotten, spoils nothing
     monkeypatch.setenv("JUDGE_MODE", "replay")
     monkeypatch.delenv("WRITER_MODEL")
     assert models_of(tmp_path) == {role: model.split("@")[0] for role, model in live_ones.items()}
-    assert name_of("gpt-4.1@http://127.0.0.1:1/v1") == "gpt-4.1" and name_of("hf:mistralai/M") == "mistralai/M" == name_of("local:mistralai/M")
+    assert name_of("gpt-4.1@http://127.0.0.1:1/v1") == "gpt-4.1" and name_of(
+        "hf:mistralai/M"
+    ) == "mistralai/M" == name_of("local:mistralai/M")
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-3"])
 def test_a_setting_that_should_be_a_number_is_said(monkeypatch, value, rows, tmp_path):
     monkeypatch.setenv("CONCURRENCY", value)
     with pytest.raises(ValueError, match=f"CONCURRENCY='{value}': expected a number above 0"):
-        asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=CallLog(tmp_path / "c.jsonl").llm("m")), name="t"))
+        asyncio.run(
+            judge_rows(
+                rows, CorrectnessEvaluator(llm=CallLog(tmp_path / "c.jsonl").llm("m")), name="t"
+            )
+        )
 
 
 def test_concurrency_is_a_setting(monkeypatch, rows, tmp_path):
@@ -281,37 +428,66 @@ def test_concurrency_is_a_setting(monkeypatch, rows, tmp_path):
         assert server.most_at_once == 3
 
 
-@pytest.mark.parametrize("model", ["gpt-5-mini", "gpt-6.1-sol", "o4-mini", "openai/gpt-5.4", "ft:gpt-6-nano:org::id"])
+@pytest.mark.parametrize(
+    "model", ["gpt-5-mini", "gpt-6.1-sol", "o4-mini", "openai/gpt-5.4", "ft:gpt-6-nano:org::id"]
+)
 def test_models_that_reason_are_asked_as_they_want_to_be(model, rows, tmp_path):
     """They refuse a temperature, and a cap by its old name."""
+
     def fault(body, before):
         bad = [name for name in ("max_tokens", "temperature", "logprobs") if name in body]
-        return answer(400, f"Unsupported parameter: {bad}") if bad or body["max_completion_tokens"] < 4096 else None
+        return (
+            answer(400, f"Unsupported parameter: {bad}")
+            if bad or body["max_completion_tokens"] < 4096
+            else None
+        )
 
     with Server(fault=fault) as server:
-        assert all(row["evaluations"][0]["score"] for row in judged(rows[:2], tmp_path / "c.jsonl", server, model))
+        assert all(
+            row["evaluations"][0]["score"]
+            for row in judged(rows[:2], tmp_path / "c.jsonl", server, model)
+        )
 
 
 def test_other_models_get_temperature_and_cap(rows, tmp_path):
     with Server() as server:
         for model in ("gpt-4.1", "gpt-5-chat-latest", "llama3.1"):
             judged(rows[:1], tmp_path / f"{model}.jsonl", server, model)
-        assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0, models.MAX_TOKENS)}
+        assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {
+            (0, models.MAX_TOKENS)
+        }
 
 
 def test_what_is_not_set_is_said(monkeypatch, rows, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(RunStopped, match="no key for 'gpt-4.1': set OPENAI_API_KEY in the environment or in .env"):
+    with pytest.raises(
+        RunStopped, match="no key for 'gpt-4.1': set OPENAI_API_KEY in the environment or in .env"
+    ):
         live("gpt-4.1")()
     with pytest.raises(RunStopped, match="no key for 'hf:m': set HF_TOKEN"):
         live("hf:m")()
-    with pytest.raises(RunStopped, match="'stand-in-teacher' is the name of recorded calls.*set TEACHER_MODEL, WRITER_MODEL, ANSWERER_MODEL"):
-        asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=CallLog(tmp_path / "c.jsonl", "record").llm("m", live("stand-in-teacher"))), name="t"))
+    with pytest.raises(
+        RunStopped,
+        match="'stand-in-teacher' is the name of recorded calls.*set TEACHER_MODEL, WRITER_MODEL, ANSWERER_MODEL",
+    ):
+        asyncio.run(
+            judge_rows(
+                rows,
+                CorrectnessEvaluator(
+                    llm=CallLog(tmp_path / "c.jsonl", "record").llm("m", live("stand-in-teacher"))
+                ),
+                name="t",
+            )
+        )
 
 
 def test_no_key_is_left_behind(rows, tmp_path, capsys):
     def fault(body, before):
-        return answer(400, f"Bad request with key {KEY} and hf_abcdefgh12345") if about("Question 3?")(body) else None
+        return (
+            answer(400, f"Bad request with key {KEY} and hf_abcdefgh12345")
+            if about("Question 3?")(body)
+            else None
+        )
 
     with Server(fault=fault) as server:
         done = judged(rows, tmp_path / "c.jsonl", server)
@@ -322,13 +498,22 @@ def test_no_key_is_left_behind(rows, tmp_path, capsys):
 
 def test_a_log_that_another_process_writes_is_refused(tmp_path, rows):
     path = tmp_path / "c.jsonl"
-    program = ("import sys; from helpers.snapshots import CallLog, make_row; log = CallLog(sys.argv[1], 'record'); "
-               "log.append(make_row({'model': 'm', 'messages': [], 'params': {}, 'sample': 0}, 'x')); print('ready', flush=True); sys.stdin.read()")
-    child = subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "notebooks")
+    program = (
+        "import sys; from helpers.snapshots import CallLog, make_row; log = CallLog(sys.argv[1], 'record'); "
+        "log.append(make_row({'model': 'm', 'messages': [], 'params': {}, 'sample': 0}, 'x')); print('ready', flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT / "notebooks",
+    )
     try:
         assert child.stdout.readline().strip() == b"ready"
         with Server() as server:
-            with pytest.raises(RunStopped, match="none is asked for.*another process is recording to this log"):
+            with pytest.raises(
+                RunStopped, match="none is asked for.*another process is recording to this log"
+            ):
                 judged(rows, path, server)
             assert not server.bodies, "what could not be kept was asked for"
     finally:
@@ -359,16 +544,25 @@ def test_a_log_that_cannot_be_written_is_said_before_anything_is_asked(rows, tmp
             raise PermissionError(13, "Permission denied", str(path))
         return builtins.open(path, mode, *rest, **kwargs)
 
-    monkeypatch.setattr("helpers.snapshots.open", read_only, raising=False)  # the tests may run as root, who may write everywhere
+    monkeypatch.setattr(
+        "helpers.snapshots.open", read_only, raising=False
+    )  # the tests may run as root, who may write everywhere
     with Server() as server:
-        with pytest.raises(RunStopped, match="none is asked for.*Permission denied.*c.jsonl.*0 of 12 rows were done"):
+        with pytest.raises(
+            RunStopped,
+            match="none is asked for.*Permission denied.*c.jsonl.*0 of 12 rows were done",
+        ):
             judged(rows, tmp_path / "c.jsonl", server)
         assert not server.bodies
 
 
 def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, rows, monkeypatch):
     """What cannot be kept is not asked for: no more than was under way when the disk was full."""
-    path, many, kept = tmp_path / "c.jsonl", [{**row, "question": f"{row['question']} {i}"} for i in range(5) for row in rows], []
+    path, many, kept = (
+        tmp_path / "c.jsonl",
+        [{**row, "question": f"{row['question']} {i}"} for i in range(5) for row in rows],
+        [],
+    )
 
     def fsync(file):
         kept.append(file)
@@ -377,7 +571,9 @@ def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, rows, monkeypa
 
     with Server() as server:
         monkeypatch.setattr("os.fsync", fsync)
-        with pytest.raises(RunStopped, match="an answer could not be kept.*No space left on device"):
+        with pytest.raises(
+            RunStopped, match="an answer could not be kept.*No space left on device"
+        ):
             judged(many, path, server, concurrency=4)
         monkeypatch.undo()
         asked, held = len(server.bodies), len(CallLog(path, "replay"))

@@ -7,18 +7,41 @@ from itertools import product
 import numpy as np
 import pytest
 from fake import FakeLive
-from helpers import (CallLog, DamagedFile, answer_lengths, LocalFinetuneEngine, PairJudge, PairStudent, answer_pairs, check_events,
-                     compare_pair_students, finetuning_events, judge_rows, length_report, load_rows, order_table, pair_scores,
-                     pairwise_report, position_report, read_pair_prompt, read_verdict, resolve_orders, resolve_pairwise_events,
-                     save_events, show_pair, untrained_pair_judges)
-from helpers import metrics
-from helpers.pairs import answer_features
-from helpers.snapshots import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_index.core import Document, SummaryIndex
 from llama_index.core.evaluation import PairwiseComparisonEvaluator
 from sklearn.metrics import cohen_kappa_score, jaccard_score
+
+from helpers import (
+    CallLog,
+    DamagedFile,
+    LocalFinetuneEngine,
+    PairJudge,
+    PairStudent,
+    answer_lengths,
+    answer_pairs,
+    check_events,
+    compare_pair_students,
+    finetuning_events,
+    judge_rows,
+    length_report,
+    load_rows,
+    metrics,
+    order_table,
+    pair_scores,
+    pairwise_report,
+    position_report,
+    read_pair_prompt,
+    read_verdict,
+    resolve_orders,
+    resolve_pairwise_events,
+    save_events,
+    show_pair,
+    untrained_pair_judges,
+)
+from helpers.pairs import answer_features
+from helpers.snapshots import DATA
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,8 +53,15 @@ def few_resamples():
 
 
 def pair(i: int, first: str = "first", second: str = "second") -> dict:
-    return {"question": f"Question {i}?", "source": f"The source number {i}.", "document": f"document {i % 3}",
-            "answers": [{"model": "m", "text": f"The {first} answer {i}."}, {"model": "n", "text": f"The {second} answer {i}."}]}
+    return {
+        "question": f"Question {i}?",
+        "source": f"The source number {i}.",
+        "document": f"document {i % 3}",
+        "answers": [
+            {"model": "m", "text": f"The {first} answer {i}."},
+            {"model": "n", "text": f"The {second} answer {i}."},
+        ],
+    }
 
 
 @pytest.fixture
@@ -40,25 +70,46 @@ def pairs():
 
 
 def judged(rows, llm, name="t", **settings):
-    return asyncio.run(judge_rows(rows, PairwiseComparisonEvaluator(llm=llm), name=name, **settings))
+    return asyncio.run(
+        judge_rows(rows, PairwiseComparisonEvaluator(llm=llm), name=name, **settings)
+    )
 
 
-@pytest.mark.parametrize("reply, verdict", [
-    ("[[A]]", "A"), ("Because.\n\nFinal Verdict: [[B]]", "B"), ("x\n[[ A ]]", "A"), ("[[a]]", "A"), ("**[[C]]**", "C"),
-    ("Final verdict: [[C]] for a tie.", "C"), ("The verdict is [[B]].", "B"), ("So A is better: [[A]].", "A"),
-    ("[[A]] or [[B]]?\nFinal Verdict: [[B]]", "B"), ("First I thought [[A]].\nBut: [[B]]", "B"), ("[[A]]\nSince B is wrong.", "A"),
-    ("[[A]] - it is right.", "A"),
-])
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [
+        ("[[A]]", "A"),
+        ("Because.\n\nFinal Verdict: [[B]]", "B"),
+        ("x\n[[ A ]]", "A"),
+        ("[[a]]", "A"),
+        ("**[[C]]**", "C"),
+        ("Final verdict: [[C]] for a tie.", "C"),
+        ("The verdict is [[B]].", "B"),
+        ("So A is better: [[A]].", "A"),
+        ("[[A]] or [[B]]?\nFinal Verdict: [[B]]", "B"),
+        ("First I thought [[A]].\nBut: [[B]]", "B"),
+        ("[[A]]\nSince B is wrong.", "A"),
+        ("[[A]] - it is right.", "A"),
+    ],
+)
 def test_a_verdict_is_read_by_the_last_line_that_is_one(reply, verdict):
     assert read_verdict(reply) == (verdict, None)
 
 
-@pytest.mark.parametrize("reply, reason", [
-    ("", "empty reply"), ("A is better.", "no verdict in the reply"), ("[A]", "no verdict in the reply"),
-    ("[[D]]", "no verdict in the reply"), ("[[B]] because not [[A]]", "more than one verdict in the reply"),
-    ("[[C]] rather than [[A]]", "more than one verdict in the reply"), ("It is not [[A]]", "a verdict only in passing"),
-    ("better than [[A]].", "a verdict only in passing"), ("'[[A]]' if assistant A is better", "a verdict only in passing"),
-])
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        ("", "empty reply"),
+        ("A is better.", "no verdict in the reply"),
+        ("[A]", "no verdict in the reply"),
+        ("[[D]]", "no verdict in the reply"),
+        ("[[B]] because not [[A]]", "more than one verdict in the reply"),
+        ("[[C]] rather than [[A]]", "more than one verdict in the reply"),
+        ("It is not [[A]]", "a verdict only in passing"),
+        ("better than [[A]].", "a verdict only in passing"),
+        ("'[[A]]' if assistant A is better", "a verdict only in passing"),
+    ],
+)
 def test_what_is_no_verdict_is_invalid_with_a_reason(reply, reason):
     assert read_verdict(reply) == (None, reason)
 
@@ -70,7 +121,9 @@ def test_the_orders_are_resolved_as_llama_index_resolves_them(original, flipped)
 
     llm = PairJudge(lambda shown: (by_order(shown), "x"), model_name="j")
     evaluator = PairwiseComparisonEvaluator(llm=llm)
-    library = asyncio.run(evaluator.aevaluate(query="q?", response="first", second_response="second", reference="s"))
+    library = asyncio.run(
+        evaluator.aevaluate(query="q?", response="first", second_response="second", reference="s")
+    )
     source = getattr(library.pairwise_source, "value", library.pairwise_source)
     assert resolve_orders(original, flipped) == (library.score, source)
     # Turned right, the score says what the two verdicts together say. In (C, A) and (C, B) the library's own does not.
@@ -89,28 +142,42 @@ class Scripted(FakeLive):
     """Replies by what is shown first; one reply may be unreadable, one call may fail."""
 
     def chat(self, messages, **kwargs):
-        question, _, first, _ = read_pair_prompt([{"role": "user", "content": messages[-1].content}])
+        question, _, first, _ = read_pair_prompt(
+            [{"role": "user", "content": messages[-1].content}]
+        )
         response = super().chat(messages)
         number, order = int(question.split()[1][:-1]), "original" if "first" in first else "flipped"
-        response.message.content = f"I saw {order} {number}.\n\n" + {(3, "original"): "no idea", (7, "flipped"): "[[A]] or [[B]]"}.get(
-            (number, order), "[[A]]" if order == "original" else "[[B]]")
+        response.message.content = f"I saw {order} {number}.\n\n" + {
+            (3, "original"): "no idea",
+            (7, "flipped"): "[[A]] or [[B]]",
+        }.get((number, order), "[[A]]" if order == "original" else "[[B]]")
         return response
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])
-def test_one_unreadable_order_makes_the_pair_invalid_and_shifts_nothing(tmp_path, pairs, concurrency):
+def test_one_unreadable_order_makes_the_pair_invalid_and_shifts_nothing(
+    tmp_path, pairs, concurrency
+):
     """Two bad rows: by counting, two shifts cancel out, the lengths agree, and the chats between them go astray."""
 
     async def go():
         llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", Scripted(delay=0.03))
         with finetuning_events() as events:
-            rows = await judge_rows(pairs, PairwiseComparisonEvaluator(llm=llm), name="t", concurrency=concurrency)
+            rows = await judge_rows(
+                pairs, PairwiseComparisonEvaluator(llm=llm), name="t", concurrency=concurrency
+            )
         return rows, events
 
     rows, events = asyncio.run(go())
-    assert [row["evaluations"][0]["source"] for row in rows] == ["original"] * 3 + [None] + ["original"] * 3 + [None] + ["original"] * 4
+    assert [row["evaluations"][0]["source"] for row in rows] == ["original"] * 3 + [None] + [
+        "original"
+    ] * 3 + [None] + ["original"] * 4
     bad = rows[7]["evaluations"][0]
-    assert bad["score"] is None and bad["verdicts"] == ["A", None] and bad["invalid"] == "flipped: more than one verdict in the reply"
+    assert (
+        bad["score"] is None
+        and bad["verdicts"] == ["A", None]
+        and bad["invalid"] == "flipped: more than one verdict in the reply"
+    )
     assert len(events) == 24, "both orders are always asked"
     kept = resolve_pairwise_events(events, rows)
     assert len(kept) == 10
@@ -119,14 +186,30 @@ def test_one_unreadable_order_makes_the_pair_invalid_and_shifts_nothing(tmp_path
         assert event["messages"][2]["content"] == row["evaluations"][0]["text"]
     # Without the chats that the library would not have made, and in any order, the result is the same.
     fewer = [event for event in events if "I saw flipped 3" not in event["messages"][2]["content"]]
-    assert [e["messages"] for e in resolve_pairwise_events(fewer[::-1], rows)] == [e["messages"] for e in kept]
-    report = pairwise_report([{**row, "evaluations": row["evaluations"] + [{**row["evaluations"][0], "llm": "s"}]} for row in rows], "t", ["s"])
+    assert [e["messages"] for e in resolve_pairwise_events(fewer[::-1], rows)] == [
+        e["messages"] for e in kept
+    ]
+    report = pairwise_report(
+        [
+            {**row, "evaluations": row["evaluations"] + [{**row["evaluations"][0], "llm": "s"}]}
+            for row in rows
+        ],
+        "t",
+        ["s"],
+    )
     assert report.loc["s", ["inconclusive", "invalid", "compared"]].tolist() == [0, 2, 10]
 
 
 def test_a_failed_order_is_invalid_and_the_other_is_kept(tmp_path, pairs):
-    rows = judged(pairs, CallLog(tmp_path / "c.jsonl", "record").llm("m", Scripted(broken="Answer]\nThe first answer 5.")))
-    assert rows[5]["evaluations"][0]["invalid"].startswith("original: the call failed: ConnectionError")
+    rows = judged(
+        pairs,
+        CallLog(tmp_path / "c.jsonl", "record").llm(
+            "m", Scripted(broken="Answer]\nThe first answer 5.")
+        ),
+    )
+    assert rows[5]["evaluations"][0]["invalid"].startswith(
+        "original: the call failed: ConnectionError"
+    )
     assert rows[4]["evaluations"][0]["score"] == 1.0
 
 
@@ -134,14 +217,20 @@ def test_identical_answers_and_double_questions_keep_their_chats(tmp_path):
     rows = [pair(0), pair(1, "same", "same"), pair(0, "other", "first")]
 
     async def go():
-        llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", PairJudge(lambda shown: ("C", shown[2]), model_name="j"))
+        llm = CallLog(tmp_path / "c.jsonl", "record").llm(
+            "m", PairJudge(lambda shown: ("C", shown[2]), model_name="j")
+        )
         with finetuning_events() as events:
             return await judge_rows(rows, PairwiseComparisonEvaluator(llm=llm), name="t"), events
 
     done, events = asyncio.run(go())
-    assert len(events) == 6 and len(load_rows(tmp_path / "c.jsonl")) == 5, "one prompt stands for both orders of equal answers"
+    assert len(events) == 6 and len(load_rows(tmp_path / "c.jsonl")) == 5, (
+        "one prompt stands for both orders of equal answers"
+    )
     kept = resolve_pairwise_events(events, done)
-    assert [event["messages"][2]["content"] for event in kept] == [row["evaluations"][0]["text"] for row in done]
+    assert [event["messages"][2]["content"] for event in kept] == [
+        row["evaluations"][0]["text"] for row in done
+    ]
     assert len(resolve_pairwise_events(events, done, both_orders=True)) == 6
     with pytest.raises(ValueError, match="event 6 belongs to none of the rows"):
         resolve_pairwise_events(events + [events[0]], done)
@@ -149,14 +238,20 @@ def test_identical_answers_and_double_questions_keep_their_chats(tmp_path):
         resolve_pairwise_events(events[1:], done)
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda row: row["answers"].pop(), "row 2: answers must be two, found 1"),
-    (lambda row: row["answers"].append({"text": "x"}), "row 2: answers must be two, found 3"),
-    (lambda row: row.pop("answers"), "row 2: answers must be two, found None"),
-    (lambda row: row["answers"][1].pop("text"), r"row 2: answers\[1\].text must be a text, found None"),
-    (lambda row: row.pop("source"), "row 2: source must be a text"),
-    (lambda row: row.update(question=""), "row 2: question must be a text"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda row: row["answers"].pop(), "row 2: answers must be two, found 1"),
+        (lambda row: row["answers"].append({"text": "x"}), "row 2: answers must be two, found 3"),
+        (lambda row: row.pop("answers"), "row 2: answers must be two, found None"),
+        (
+            lambda row: row["answers"][1].pop("text"),
+            r"row 2: answers\[1\].text must be a text, found None",
+        ),
+        (lambda row: row.pop("source"), "row 2: source must be a text"),
+        (lambda row: row.update(question=""), "row 2: question must be a text"),
+    ],
+)
 def test_a_bad_pair_is_named(pairs, change, said):
     change(pairs[2])
     with pytest.raises(ValueError, match=said):
@@ -167,7 +262,9 @@ def test_an_empty_source_and_empty_answers_are_judged(pairs):
     pairs[0]["source"] = ""
     pairs[1]["answers"][0]["text"] = ""
     for name, llm in untrained_pair_judges().items():
-        assert all(row["evaluations"][0]["score"] is not None for row in judged(pairs[:2], llm, name))
+        assert all(
+            row["evaluations"][0]["score"] is not None for row in judged(pairs[:2], llm, name)
+        )
 
 
 def test_two_engines_are_drawn_in_seeded_order(tmp_path):
@@ -177,7 +274,11 @@ def test_two_engines_are_drawn_in_seeded_order(tmp_path):
     questions = [{"question": f"What of {i}?", "document": "d"} for i in range(20)]
     rows = asyncio.run(answer_pairs(questions, engines))
     models = [tuple(answer["model"] for answer in row["answers"]) for row in rows]
-    assert rows == asyncio.run(answer_pairs(questions, engines)) and len(set(models)) > 6 and all(a != b for a, b in models)
+    assert (
+        rows == asyncio.run(answer_pairs(questions, engines))
+        and len(set(models)) > 6
+        and all(a != b for a, b in models)
+    )
     assert rows[0]["source"] == "So it is...." and rows[0]["document"] == "d"
 
 
@@ -195,7 +296,10 @@ def trained():
 
 @pytest.fixture(scope="module")
 def tested():
-    return [(row["question"], row["source"], *(a["text"] for a in row["answers"])) for row in load_rows(BUNDLED / "test_qa.jsonl")]
+    return [
+        (row["question"], row["source"], *(a["text"] for a in row["answers"]))
+        for row in load_rows(BUNDLED / "test_qa.jsonl")
+    ]
 
 
 def swap(pairs):
@@ -206,7 +310,9 @@ def test_swapping_the_answers_swaps_the_probabilities_to_the_bit(trained, tested
     one, other = trained.probabilities(tested), trained.probabilities(swap(tested))
     assert (one[:, [1, 0, 2]] == other).all()
     turned = {"A": "B", "B": "A", "C": "C"}
-    assert trained.verdicts(swap(tested)) == [turned[verdict] for verdict in trained.verdicts(tested)]
+    assert trained.verdicts(swap(tested)) == [
+        turned[verdict] for verdict in trained.verdicts(tested)
+    ]
     same = [(q, s, a, a) for q, s, a, _ in tested]
     assert set(trained.verdicts(same)) == {"C"}
 
@@ -214,13 +320,19 @@ def test_swapping_the_answers_swaps_the_probabilities_to_the_bit(trained, tested
 def test_the_head_was_fitted_as_it_is_used(trained):
     """A difference speaks for A as much as against B, and a likeness for a tie only: in the fit, not only afterwards."""
     differences, likenesses = trained.weights[:-4], trained.weights[-4:]
-    assert (differences[:, 0] == -differences[:, 1]).all() and not differences[:, 2].any() and differences[:, 0].any()
+    assert (
+        (differences[:, 0] == -differences[:, 1]).all()
+        and not differences[:, 2].any()
+        and differences[:, 0].any()
+    )
     assert not likenesses[:, :2].any() and likenesses[:, 2].all()
 
 
 def test_through_the_evaluator_it_never_contradicts_itself(trained):
     rows = judged(load_rows(BUNDLED / "test_qa.jsonl"), trained.llm(), "s")
-    assert pairwise_report(rows, "teacher", ["s"]).loc["s", ["inconclusive", "invalid"]].tolist() == [0, 0]
+    assert pairwise_report(rows, "teacher", ["s"]).loc[
+        "s", ["inconclusive", "invalid"]
+    ].tolist() == [0, 0]
     assert position_report(rows, ["s"]).loc["s", "consistency"] == 1
 
 
@@ -250,16 +362,35 @@ def test_features_do_not_fail_on_odd_texts():
 
 # The metrics
 
-VERDICT = st.sampled_from([("original", 1.0), ("original", 0.0), ("original", 0.5), ("flipped", 1.0), ("flipped", 0.0), ("neither", 0.5),
-                           (None, None)])
+VERDICT = st.sampled_from(
+    [
+        ("original", 1.0),
+        ("original", 0.0),
+        ("original", 0.5),
+        ("flipped", 1.0),
+        ("flipped", 0.0),
+        ("neither", 0.5),
+        (None, None),
+    ]
+)
 
 
 def with_verdicts(*columns) -> list[dict]:
-    return [{"words": [1, 2], "evaluations": [{"llm": name, "source": source, "score": score} for name, (source, score) in zip("tsu", row)]}
-            for row in zip(*columns)]
+    return [
+        {
+            "words": [1, 2],
+            "evaluations": [
+                {"llm": name, "source": source, "score": score}
+                for name, (source, score) in zip("tsu", row)
+            ],
+        }
+        for row in zip(*columns)
+    ]
 
 
-columns = st.integers(4, 25).flatmap(lambda n: st.tuples(*[st.lists(VERDICT, min_size=n, max_size=n)] * 3))
+columns = st.integers(4, 25).flatmap(
+    lambda n: st.tuples(*[st.lists(VERDICT, min_size=n, max_size=n)] * 3)
+)
 
 
 @given(columns)
@@ -268,28 +399,45 @@ def test_counts_agree_with_counting_by_hand(data):
     rows = with_verdicts(*data)
     report = pairwise_report(rows, "t", ["s"]).loc["s"]
     right = {("flipped", 1.0): 0.0, ("flipped", 0.0): 1.0}
-    t, s = ([right.get(v, v[1] if v[0] == "original" else None) for v in column] for column in data[:2])
+    t, s = (
+        [right.get(v, v[1] if v[0] == "original" else None) for v in column] for column in data[:2]
+    )
     decided = [i for i in range(len(rows)) if t[i] is not None]
     both = [i for i in decided if s[i] is not None]
     agreed = [i for i in both if t[i] == s[i]]
     assert (report["compared"], report["agreements"]) == (len(both), len(agreed))
-    assert report["inconclusive"] == sum(v[0] == "neither" for v in data[1]) and report["invalid"] == sum(v[0] is None for v in data[1])
+    assert report["inconclusive"] == sum(v[0] == "neither" for v in data[1]) and report[
+        "invalid"
+    ] == sum(v[0] is None for v in data[1])
     if decided:
         assert report["coverage"] == pytest.approx(len(both) / len(decided))
         assert report["agreement_overall"] == pytest.approx(len(agreed) / len(decided))
     if both:
         x, y = [str(t[i]) for i in both], [str(s[i]) for i in both]
         assert report["agreement_rate"] == pytest.approx(len(agreed) / len(both))
-        assert report["jaccard"] == pytest.approx(jaccard_score(x, y, average="weighted", zero_division=0))
+        assert report["jaccard"] == pytest.approx(
+            jaccard_score(x, y, average="weighted", zero_division=0)
+        )
     if len({t[i] for i in decided}) > 1 and both:
-        assert report["kappa"] == pytest.approx(cohen_kappa_score([str(t[i]) for i in decided], [str(s[i]) for i in decided]))
+        assert report["kappa"] == pytest.approx(
+            cohen_kappa_score([str(t[i]) for i in decided], [str(s[i]) for i in decided])
+        )
 
 
 def turn(row: dict) -> dict:
     """The same judgements of the same answers, had they been shown the other way round from the start."""
     other = {"original": "original", "flipped": "flipped", "neither": "neither", None: None}
-    return {"words": row["words"][::-1], "evaluations": [
-        {**e, "source": other[e["source"]], "score": e["score"] if e["score"] is None else 1 - e["score"]} for e in row["evaluations"]]}
+    return {
+        "words": row["words"][::-1],
+        "evaluations": [
+            {
+                **e,
+                "source": other[e["source"]],
+                "score": e["score"] if e["score"] is None else 1 - e["score"],
+            }
+            for e in row["evaluations"]
+        ],
+    }
 
 
 @given(columns)
@@ -297,11 +445,20 @@ def turn(row: dict) -> dict:
 def test_swapping_all_answers_leaves_every_figure(data):
     rows = with_verdicts(*data)
     turned = [turn(row) for row in rows]
-    np.testing.assert_allclose(pairwise_report(rows, "t", ["s"]).astype(float), pairwise_report(turned, "t", ["s"]).astype(float), atol=1e-12)
-    assert compare_pair_students(rows, "t", "s", "u").equals(compare_pair_students(turned, "t", "s", "u"))
-    np.testing.assert_allclose(length_report(rows, ["s"]).astype(float), length_report(turned, ["s"]).astype(float))
+    np.testing.assert_allclose(
+        pairwise_report(rows, "t", ["s"]).astype(float),
+        pairwise_report(turned, "t", ["s"]).astype(float),
+        atol=1e-12,
+    )
+    assert compare_pair_students(rows, "t", "s", "u").equals(
+        compare_pair_students(turned, "t", "s", "u")
+    )
+    np.testing.assert_allclose(
+        length_report(rows, ["s"]).astype(float), length_report(turned, ["s"]).astype(float)
+    )
     assert compare_pair_students(rows, "t", "s", "u")["difference"] == pytest.approx(
-        -compare_pair_students(rows, "t", "u", "s")["difference"], nan_ok=True)
+        -compare_pair_students(rows, "t", "u", "s")["difference"], nan_ok=True
+    )
 
 
 @given(columns)
@@ -310,11 +467,19 @@ def test_turning_twice_changes_nothing(data):
     rows = with_verdicts(*data)
 
     def turn_flipped(row):
-        return {**row, "evaluations": [{**e, "score": 1 - e["score"]} if e["source"] == "flipped" else e for e in row["evaluations"]]}
+        return {
+            **row,
+            "evaluations": [
+                {**e, "score": 1 - e["score"]} if e["source"] == "flipped" else e
+                for e in row["evaluations"]
+            ],
+        }
 
     once = [turn_flipped(row) for row in rows]
     assert [turn_flipped(row) for row in once] == rows
-    np.testing.assert_array_equal(pair_scores(once, "s", "as_published")[0], pair_scores(rows, "s", "corrected")[0])
+    np.testing.assert_array_equal(
+        pair_scores(once, "s", "as_published")[0], pair_scores(rows, "s", "corrected")[0]
+    )
 
 
 def test_the_exact_test_and_the_tables_by_hand():
@@ -322,7 +487,9 @@ def test_the_exact_test_and_the_tables_by_hand():
     rows = with_verdicts([yes] * 10, [yes] * 9 + [no], [no] * 6 + [yes] * 4)
     compared = compare_pair_students(rows, "t", "s", "u")
     assert compared[["both", "only s", "only u", "neither"]].tolist() == [3, 6, 1, 0]
-    assert compared["difference"] == pytest.approx(0.5) and compared["p"] == pytest.approx(2 * (1 + 7) / 2**7)
+    assert compared["difference"] == pytest.approx(0.5) and compared["p"] == pytest.approx(
+        2 * (1 + 7) / 2**7
+    )
     lengths = length_report(rows, ["t", "u"])  # the second answer is the longer one
     assert lengths.loc["t", "longer_wins"] == 0 and lengths.loc["u", "longer_wins"] == 0.6
     with pytest.raises(ValueError, match="flipped='turned'"):
@@ -333,12 +500,21 @@ def test_the_exact_test_and_the_tables_by_hand():
 
 def test_positions_by_hand(pairs):
     verdicts = ["AB", "BA", "CC", "AA", "AA", "BB", "AC", "CB", "CA", "BC", "AB", "AB"]
-    rows = [{**row, "evaluations": [{"llm": "t", "verdicts": list(v)}]} for row, v in zip(pairs, verdicts)]
+    rows = [
+        {**row, "evaluations": [{"llm": "t", "verdicts": list(v)}]}
+        for row, v in zip(pairs, verdicts)
+    ]
     report = position_report(rows, ["t"]).loc["t"]
     assert report["consistency"] == pytest.approx(5 / 12)
-    assert report["prefers_first"] == pytest.approx(4 / 12) and report["prefers_second"] == pytest.approx(3 / 12)
+    assert report["prefers_first"] == pytest.approx(4 / 12) and report[
+        "prefers_second"
+    ] == pytest.approx(3 / 12)
     table = order_table(rows, "t")
-    assert table.loc["first", "first"] == 3 and table.loc["first", "second"] == 2 and table.loc["tie", "first"] == 1
+    assert (
+        table.loc["first", "first"] == 3
+        and table.loc["first", "second"] == 2
+        and table.loc["tie", "first"] == 1
+    )
     assert table.to_numpy().sum() == 12
 
 
@@ -352,12 +528,16 @@ def test_the_pretty_table_is_the_same_each_time(pairs):
 
 def test_rows_without_both_verdicts_are_named():
     published = load_rows(DATA / "pairwise" / "published_verdicts.jsonl")
-    for report in (lambda: position_report(published, ["gpt_4"]), lambda: order_table(published, "gpt_4")):
+    for report in (
+        lambda: position_report(published, ["gpt_4"]),
+        lambda: order_table(published, "gpt_4"),
+    ):
         with pytest.raises(KeyError, match="row 0: the judgement by 'gpt_4' has no 'verdicts'"):
             report()
 
 
 # The published run
+
 
 def test_the_published_figures_come_out_to_every_digit():
     rows = load_rows(BUNDLED / "published_verdicts.jsonl")
@@ -365,23 +545,48 @@ def test_the_published_figures_come_out_to_every_digit():
     report = pairwise_report(rows, "gpt_4", students, flipped="as_published")
     names = ["inconclusive", "agreements", "compared", "agreement_rate", "correlation", "jaccard"]
     assert list(report.columns[:9]) == names + ["coverage", "agreement_overall", "kappa"]
-    assert report.loc["ft_gpt_3p5", names].tolist() == [15, 41, 47, 0.8723404255319149, 0.765365523658036, 0.773126734505088]
-    assert report.loc["gpt_3p5", names].tolist() == [24, 32, 38, 0.8421052631578947, 0.671929323262293, 0.7308712958867757]
+    assert report.loc["ft_gpt_3p5", names].tolist() == [
+        15,
+        41,
+        47,
+        0.8723404255319149,
+        0.765365523658036,
+        0.773126734505088,
+    ]
+    assert report.loc["gpt_3p5", names].tolist() == [
+        24,
+        32,
+        38,
+        0.8421052631578947,
+        0.671929323262293,
+        0.7308712958867757,
+    ]
     right = pairwise_report(rows, "gpt_4", students)
-    assert right["agreements"].tolist() == [44, 34] and right["correlation"].round(4).tolist() == [0.8932, 0.7971]
+    assert right["agreements"].tolist() == [44, 34] and right["correlation"].round(4).tolist() == [
+        0.8932,
+        0.7971,
+    ]
     assert (right["agreement_overall"] * 60).round(9).tolist() == [44, 34]
     truth = pair_scores(rows, "gpt_4")[0]
     assert int(np.isnan(truth).sum()) == 4
-    longer = np.array([0.5 + 0.5 * np.sign(first - second) for first, second in map(answer_lengths, rows)])
+    longer = np.array(
+        [0.5 + 0.5 * np.sign(first - second) for first, second in map(answer_lengths, rows)]
+    )
     assert (longer == truth).sum() == 45
 
 
 def test_published_rows_load_and_train_as_they_are(tmp_path):
     """In the published files' schema: no `document`, no `verdicts`, chats without row numbers."""
     rows = load_rows(BUNDLED / "train_qa.jsonl")
-    events = [{"messages": event["messages"]} for event in load_rows(BUNDLED / "pairwise_finetuning_events.jsonl")]
+    events = [
+        {"messages": event["messages"]}
+        for event in load_rows(BUNDLED / "pairwise_finetuning_events.jsonl")
+    ]
     for row in rows:
         del row["document"]
-        row["evaluations"] = [{key: row["evaluations"][0][key] for key in ("llm", "score", "text", "source")}]
+        row["evaluations"] = [
+            {key: row["evaluations"][0][key] for key in ("llm", "score", "text", "source")}
+        ]
     assert json.dumps(resolve_pairwise_events(events, rows)) == json.dumps(
-        load_rows(BUNDLED / "resolved_pairwise_finetuning_events.jsonl"))
+        load_rows(BUNDLED / "resolved_pairwise_finetuning_events.jsonl")
+    )

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
 from helpers import published
 
 TEXTS = {name: f"{name}\n".encode() * 1000 for name in list(published.FILES)[:3]}
@@ -13,7 +14,9 @@ TEXTS = {name: f"{name}\n".encode() * 1000 for name in list(published.FILES)[:3]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(published, "FILES", {name: hashlib.sha256(text).hexdigest() for name, text in TEXTS.items()})
+    monkeypatch.setattr(
+        published, "FILES", {name: hashlib.sha256(text).hexdigest() for name, text in TEXTS.items()}
+    )
 
 
 @pytest.fixture
@@ -46,7 +49,9 @@ def test_a_wrong_checksum_and_a_missing_file_leave_nothing_and_stop_nothing(base
     assert len(wrong) == 2 and first in wrong[0] and "SHA-256" in wrong[0] and second in wrong[1]
     (base / first).write_bytes(TEXTS[first])
     (base / second).write_bytes(TEXTS[second])
-    assert published.download(base.as_uri(), tmp_path / "new") == [] and left_behind(tmp_path / "new") == sorted(TEXTS)
+    assert published.download(base.as_uri(), tmp_path / "new") == [] and left_behind(
+        tmp_path / "new"
+    ) == sorted(TEXTS)
 
 
 def test_a_file_that_was_changed_is_said_and_left(base, tmp_path):
@@ -57,7 +62,9 @@ def test_a_file_that_was_changed_is_said_and_left(base, tmp_path):
     assert changed.read_text() == "mine"
 
 
-@pytest.mark.parametrize("fault, said", [("404", "404"), ("cut", "after|IncompleteRead"), ("ok", None)])
+@pytest.mark.parametrize(
+    "fault, said", [("404", "404"), ("cut", "after|IncompleteRead"), ("ok", None)]
+)
 def test_over_http(tmp_path, fault, said):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -73,14 +80,20 @@ def test_over_http(tmp_path, fault, said):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        wrong = published.download(f"http://127.0.0.1:{server.server_port}", tmp_path / "new", timeout=10)
+        wrong = published.download(
+            f"http://127.0.0.1:{server.server_port}", tmp_path / "new", timeout=10
+        )
     finally:
         server.shutdown()
         server.server_close()
     if said:
         import re
 
-        assert len(wrong) == 3 and all(re.search(said, line) for line in wrong) and left_behind(tmp_path) == []
+        assert (
+            len(wrong) == 3
+            and all(re.search(said, line) for line in wrong)
+            and left_behind(tmp_path) == []
+        )
     else:
         assert wrong == [] and left_behind(tmp_path / "new") == sorted(TEXTS)
 
@@ -93,6 +106,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(base, tmp_path):
 
 def test_the_list_is_the_seven_files_of_one_commit(monkeypatch):
     monkeypatch.undo()
-    assert len(published.FILES) == 7 and all(len(digest) == 64 for digest in published.FILES.values())
+    assert len(published.FILES) == 7 and all(
+        len(digest) == 64 for digest in published.FILES.values()
+    )
     assert len(published.COMMIT) == 40 and published.COMMIT in published.URL
     assert os.path.isabs(published.FOLDER)

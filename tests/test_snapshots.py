@@ -6,13 +6,27 @@ import tracemalloc
 import warnings
 
 import pytest
-from helpers import CallLog, DamagedFile, judge_mode, load_rows, output_folder, save_rows, snapshot_folder
+
+from helpers import (
+    CallLog,
+    DamagedFile,
+    judge_mode,
+    load_rows,
+    output_folder,
+    save_rows,
+    snapshot_folder,
+)
 from helpers.snapshots import DATA, call_key, make_row
 
 
 def call(i: int = 0, **changes) -> dict:
-    return {"model": "m", "messages": [{"role": "user", "content": f"prompt {i} – ünïcode"}], "params": {"temperature": 0},
-            "sample": 0, **changes}
+    return {
+        "model": "m",
+        "messages": [{"role": "user", "content": f"prompt {i} – ünïcode"}],
+        "params": {"temperature": 0},
+        "sample": 0,
+        **changes,
+    }
 
 
 @pytest.fixture
@@ -33,7 +47,10 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert load_rows(tmp_path / "new" / "rows.jsonl") == rows
 
 
-@pytest.mark.parametrize("line, said", [(b"{bad", "expected a JSON object"), (b"[1]", "found list"), (b'{"a": "\xff"}', "UTF-8")])
+@pytest.mark.parametrize(
+    "line, said",
+    [(b"{bad", "expected a JSON object"), (b"[1]", "found list"), (b'{"a": "\xff"}', "UTF-8")],
+)
 def test_a_bad_row_names_file_and_line(tmp_path, line, said):
     (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n\n' + line + b"\n")
     with pytest.raises(DamagedFile, match=f"rows.jsonl, line 3: .*{said}"):
@@ -41,8 +58,16 @@ def test_a_bad_row_names_file_and_line(tmp_path, line, said):
 
 
 def test_the_key_covers_all_that_determines_a_call():
-    keys = {call_key(**call(**change)) for change in
-            ({}, {"model": "n"}, {"params": {"temperature": 1}}, {"sample": 1}, {"messages": [{"role": "system", "content": "prompt 0"}]})}
+    keys = {
+        call_key(**call(**change))
+        for change in (
+            {},
+            {"model": "n"},
+            {"params": {"temperature": 1}},
+            {"sample": 1},
+            {"messages": [{"role": "system", "content": "prompt 0"}]},
+        )
+    }
     assert len(keys) == 5
     assert call_key(**call(params={"a": 1, "b": 2})) == call_key(**call(params={"b": 2, "a": 1}))
 
@@ -72,7 +97,9 @@ def test_a_torn_last_line_is_dropped_and_said_wherever_it_was_cut(path):
         assert path.read_bytes() == whole[:cut], "opening must not change the file"
         log.append(make_row(call(2), "response 2"))
         log.append(make_row(call(3), "response 3"))
-        assert [row["response"] for row in CallLog(path, "replay").rows()] == [f"response {i}" for i in range(4)]
+        assert [row["response"] for row in CallLog(path, "replay").rows()] == [
+            f"response {i}" for i in range(4)
+        ]
 
 
 def test_what_is_torn_off_may_be_longer_than_what_follows(path):
@@ -88,7 +115,9 @@ def test_a_row_that_lacks_only_its_line_end_counts(path):
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     log = CallLog(path, "record")
     log.append(make_row(call(3), "response 3"))
-    assert [row["response"] for row in CallLog(path, "replay").rows()] == [f"response {i}" for i in range(4)]
+    assert [row["response"] for row in CallLog(path, "replay").rows()] == [
+        f"response {i}" for i in range(4)
+    ]
     assert log.get(call_key(**call(3)))["response"] == "response 3"
 
 
@@ -103,17 +132,25 @@ def test_a_flush_that_fails_spoils_no_line_that_lacks_its_end(path, monkeypatch)
     with pytest.raises(OSError):
         log.append(make_row(call(3), "response 3"))
     log.append(make_row(call(4), "response 4"))
-    assert [row["response"] for row in CallLog(path, "replay").rows()] == ["response 0", "response 1", "response 2", "response 4"]
+    assert [row["response"] for row in CallLog(path, "replay").rows()] == [
+        "response 0",
+        "response 1",
+        "response 2",
+        "response 4",
+    ]
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda row: row.update(v=2), "schema version 2, expected 1"),
-    (lambda row: row.pop("v"), "schema version None, expected 1"),
-    (lambda row: row.pop("usage"), "expected the fields"),
-    (lambda row: row.update(response=None), "expected text in 'response'"),
-    (lambda row: row["messages"][0].update(content="edited"), "does not match its content"),
-    (lambda row: row.update(model="gpt-4"), "does not match its content"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda row: row.update(v=2), "schema version 2, expected 1"),
+        (lambda row: row.pop("v"), "schema version None, expected 1"),
+        (lambda row: row.pop("usage"), "expected the fields"),
+        (lambda row: row.update(response=None), "expected text in 'response'"),
+        (lambda row: row["messages"][0].update(content="edited"), "does not match its content"),
+        (lambda row: row.update(model="gpt-4"), "does not match its content"),
+    ],
+)
 def test_a_damaged_row_names_file_line_and_what_was_expected(path, change, said):
     rows = lines(path)
     change(rows[1])
@@ -177,13 +214,17 @@ def test_modes_and_folders(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'reply': expected one of replay, record, collect"):
         judge_mode()
     monkeypatch.setenv("JUDGE_MODE", "record")
-    assert snapshot_folder("correctness") == DATA / "recorded" / "correctness", "a recording has a folder of its own"
+    assert snapshot_folder("correctness") == DATA / "recorded" / "correctness", (
+        "a recording has a folder of its own"
+    )
     for bundled in (str(DATA), ".", "recorded/.."):
         monkeypatch.setenv("SNAPSHOT", bundled)
         with pytest.raises(ValueError, match="the bundled snapshot, which is not recorded over"):
             snapshot_folder("correctness")
     monkeypatch.setenv("SNAPSHOT", str(tmp_path))
-    assert snapshot_folder("correctness") == output_folder("correctness") == tmp_path / "correctness"
+    assert (
+        snapshot_folder("correctness") == output_folder("correctness") == tmp_path / "correctness"
+    )
     monkeypatch.setenv("JUDGE_MODE", "replay")
     with pytest.raises(FileNotFoundError, match="pairwise"):
         snapshot_folder("pairwise")

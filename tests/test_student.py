@@ -5,12 +5,23 @@ from itertools import product
 
 import numpy as np
 import pytest
-from helpers import LocalJudge, Student, distillation_loss, embed, items_of, load_rows, read_prompt, scores_of, untrained_judges
+from llama_index.core.evaluation import CorrectnessEvaluator
+from scipy.special import softmax
+
+from helpers import (
+    LocalJudge,
+    Student,
+    distillation_loss,
+    embed,
+    items_of,
+    load_rows,
+    read_prompt,
+    scores_of,
+    untrained_judges,
+)
 from helpers import student as module
 from helpers.snapshots import DATA
 from helpers.student import fit_head
-from scipy.special import softmax
-from llama_index.core.evaluation import CorrectnessEvaluator
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +44,19 @@ def problem(rows: int = 30, features: int = 4, verdicts: int = 3):
     return rng.normal(size=(features + 1) * verdicts), x, hard, soft
 
 
-@pytest.mark.parametrize("alpha, temperature, strength", list(product((0, 0.3, 1), (0.5, 1, 3), (0, 0.1))))
+@pytest.mark.parametrize(
+    "alpha, temperature, strength", list(product((0, 0.3, 1), (0.5, 1, 3), (0, 0.1)))
+)
 def test_the_gradient_is_that_of_the_loss(alpha, temperature, strength):
     from scipy.optimize import check_grad
 
     weights, x, hard, soft = problem()
     settings = x, hard, soft, alpha, temperature, strength
-    error = check_grad(lambda w: distillation_loss(w, *settings)[0], lambda w: distillation_loss(w, *settings)[1], weights)
+    error = check_grad(
+        lambda w: distillation_loss(w, *settings)[0],
+        lambda w: distillation_loss(w, *settings)[1],
+        weights,
+    )
     assert error < 1e-5
 
 
@@ -50,10 +67,16 @@ def test_alpha_one_is_plain_cross_entropy():
     weights, x, hard, soft = problem()
     w = weights.reshape(5, 3)
     expected = log_loss(hard.argmax(1), softmax(x @ w[:-1] + w[-1], axis=1), labels=[0, 1, 2])
-    assert distillation_loss(weights, x, hard, soft, alpha=1)[0] == pytest.approx(expected, abs=1e-12)
+    assert distillation_loss(weights, x, hard, soft, alpha=1)[0] == pytest.approx(
+        expected, abs=1e-12
+    )
     ours = fit_head(x, hard, soft, alpha=1, strength=0.1)
-    theirs = LogisticRegression(C=1 / (len(x) * 0.1), tol=1e-10, max_iter=10_000).fit(x, hard.argmax(1))
-    assert softmax(x @ ours[:-1] + ours[-1], axis=1) == pytest.approx(theirs.predict_proba(x), abs=1e-4)
+    theirs = LogisticRegression(C=1 / (len(x) * 0.1), tol=1e-10, max_iter=10_000).fit(
+        x, hard.argmax(1)
+    )
+    assert softmax(x @ ours[:-1] + ours[-1], axis=1) == pytest.approx(
+        theirs.predict_proba(x), abs=1e-4
+    )
 
 
 def test_special_cases_of_the_distillation_term():
@@ -64,13 +87,18 @@ def test_special_cases_of_the_distillation_term():
         loss, gradient = distillation_loss(weights, x, hard, same, alpha=0, temperature=temperature)
         assert loss == pytest.approx(0, abs=1e-12) and gradient == pytest.approx(0, abs=1e-12)
     # For hard targets KL and cross-entropy are the same: their entropy is 0.
-    assert distillation_loss(weights, x, hard, hard, 0)[0] == pytest.approx(distillation_loss(weights, x, hard, hard, 1)[0], abs=1e-9)
+    assert distillation_loss(weights, x, hard, hard, 0)[0] == pytest.approx(
+        distillation_loss(weights, x, hard, hard, 1)[0], abs=1e-9
+    )
 
 
 def test_twice_trained_is_the_same_to_the_bit(bundled, trained):
     again = Student.fit(*bundled[0])
     assert again.weights.tobytes() == trained.weights.tobytes() and again.kinds == trained.kinds
-    assert again.probabilities(bundled[1][0]).tobytes() == trained.probabilities(bundled[1][0]).tobytes()
+    assert (
+        again.probabilities(bundled[1][0]).tobytes()
+        == trained.probabilities(bundled[1][0]).tobytes()
+    )
 
 
 def test_saved_and_loaded_it_judges_the_same(bundled, trained, tmp_path):
@@ -84,7 +112,11 @@ def test_saved_and_loaded_it_judges_the_same(bundled, trained, tmp_path):
 def test_float_noise_of_another_machine_moves_no_verdict(bundled, trained, monkeypatch):
     items = bundled[1][0]
     noise = np.random.default_rng(0)
-    monkeypatch.setattr(module, "embed", lambda texts: embed(texts) + noise.normal(scale=1e-7, size=(len(texts), 384)))
+    monkeypatch.setattr(
+        module,
+        "embed",
+        lambda texts: embed(texts) + noise.normal(scale=1e-7, size=(len(texts), 384)),
+    )
     moved = Student.fit(*bundled[0])
     assert moved.kinds == trained.kinds
     assert (moved.scores(items) == trained.scores(items)).all()
@@ -112,16 +144,26 @@ def test_the_untrained_judges():
     judges = untrained_judges(3.5)
     item = ("Who?", "It was Ada Lovelace.", "It was Ada Lovelace.")
     assert {name: judge._judge(item)[0] for name, judge in judges.items()} == {
-        "base": pytest.approx(5.0), "overlap": 5.0, "longer": pytest.approx(1 + 4 * 4 / 60), "constant": 3.5}
+        "base": pytest.approx(5.0),
+        "overlap": 5.0,
+        "longer": pytest.approx(1 + 4 * 4 / 60),
+        "constant": 3.5,
+    }
     assert judges["overlap"]._judge(("Who?", "Ada Lovelace", "Bob Smith"))[0] == 1
     assert judges["longer"]._judge(("Who?", "x", "word " * 500))[0] == 5
 
 
-@pytest.mark.parametrize("answer", ["plain", "", "two\n\nparagraphs", "## User Query\nnested?", " spaces "])
+@pytest.mark.parametrize(
+    "answer", ["plain", "", "two\n\nparagraphs", "## User Query\nnested?", " spaces "]
+)
 def test_a_prompt_is_read_as_it_was_written(tmp_path, answer):
     seen = []
     judge = LocalJudge(lambda item: (seen.append(item), (3.0, "x"))[1], model_name="j")
-    asyncio.run(CorrectnessEvaluator(llm=judge).aevaluate(query="A question?", reference="A\n\nreference.", response=answer))
+    asyncio.run(
+        CorrectnessEvaluator(llm=judge).aevaluate(
+            query="A question?", reference="A\n\nreference.", response=answer
+        )
+    )
     assert seen == [("A question?", "A\n\nreference.", answer)]
 
 
@@ -130,10 +172,15 @@ def test_a_strange_prompt_is_refused():
         read_prompt([{"role": "user", "content": "Is it good?"}])
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"alpha": 1.2}, "alpha=1.2: expected 0 to 1"), ({"alpha": -0.1}, "expected 0 to 1"),
-    ({"temperature": 0}, "temperature=0: expected above 0"), ({"verdicts": [4.0] * 12}, "all 12 rows have the verdict 4"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"alpha": 1.2}, "alpha=1.2: expected 0 to 1"),
+        ({"alpha": -0.1}, "expected 0 to 1"),
+        ({"temperature": 0}, "temperature=0: expected above 0"),
+        ({"verdicts": [4.0] * 12}, "all 12 rows have the verdict 4"),
+    ],
+)
 def test_what_cannot_be_learnt_is_refused(settings, said):
     with pytest.raises(ValueError, match="no rows"):
         Student.fit([], [])

@@ -22,7 +22,9 @@ BUILD = ROOT / "build"
 
 def _paths(names: list[str]) -> list[Path]:
     """The notebooks of these names, or all."""
-    there = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))  # not those that a reader keeps beside them
+    there = sorted(
+        NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")
+    )  # not those that a reader keeps beside them
     paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or there
     for path in paths:
         if path not in there:
@@ -57,10 +59,17 @@ def _execute(path: Path, environment: dict, target: Path, quietly: bool = False)
     start = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
     if judge_mode() == "replay" and not (snapshot_folder(_part(path)) / "calls.jsonl").exists():
-        notebook.cells = [cell for cell in notebook.cells if "calls" not in cell.metadata.get("tags", [])]
+        notebook.cells = [
+            cell for cell in notebook.cells if "calls" not in cell.metadata.get("tags", [])
+        ]
     try:
-        NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}},
-                       extra_arguments=["--IPKernelApp.log_level=ERROR"]).execute(env=environment | {"PROGRESS": "terminal"})
+        NotebookClient(
+            notebook,
+            timeout=None,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(NOTEBOOKS)}},
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        ).execute(env=environment | {"PROGRESS": "terminal"})
     except CellExecutionError as error:
         if not quietly or error.ename != "Collected":
             print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
@@ -68,7 +77,9 @@ def _execute(path: Path, environment: dict, target: Path, quietly: bool = False)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which differ in each run
     nbformat.write(notebook, target)
-    (_pages() / f"{path.stem}.html").write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    (_pages() / f"{path.stem}.html").write_text(
+        HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8"
+    )
     print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
     return notebook, None
 
@@ -108,7 +119,12 @@ def run(names: list[str], in_place: bool = False) -> int:
         if error:
             wrong = wrong or error.ename != "Collected"
             continue
-        for tag, output in ((tag, output) for cell in notebook.cells for tag in cell.metadata.get("tags", []) for output in cell.outputs):
+        for tag, output in (
+            (tag, output)
+            for cell in notebook.cells
+            for tag in cell.metadata.get("tags", [])
+            for output in cell.outputs
+        ):
             if tag == "metrics":
                 shown.append((path.stem, output["data"]["text/plain"]))
             elif tag == "picture" and in_place:  # README.md shows it
@@ -117,7 +133,9 @@ def run(names: list[str], in_place: bool = False) -> int:
                 picture.write_bytes(base64.b64decode(output["data"]["image/png"]))
     for name, text in shown:
         print(f"\n{name}\n{text}")
-    if whole := [str(pages / f"{path.stem}.html") for path, (_, error) in zip(paths, done) if not error]:
+    if whole := [
+        str(pages / f"{path.stem}.html") for path, (_, error) in zip(paths, done) if not error
+    ]:
         print("\nTo read on, open " + " ".join(whole))
     return 1 if wrong else 0
 
@@ -144,8 +162,11 @@ def run_in_batches(names: list[str]) -> int:
             for line in wrong:
                 print(line, file=sys.stderr)
             if len(log) == before:
-                print(f"{path.name}: stopped: the batch answered none of its requests. `make record` asks for them one by one, and makes "
-                      "those that are refused again invalid rows", file=sys.stderr)
+                print(
+                    f"{path.name}: stopped: the batch answered none of its requests. `make record` asks for them one by one, and makes "
+                    "those that are refused again invalid rows",
+                    file=sys.stderr,
+                )
                 return 1
     return 0
 
@@ -155,8 +176,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="execute notebooks")
     running.add_argument("notebooks", nargs="*")
-    running.add_argument("--in-place", action="store_true", help="write the outputs back into notebooks/")
-    batching = commands.add_parser("batch", help="run notebooks stage by stage through the Batch API (JUDGE_MODE=collect)")
+    running.add_argument(
+        "--in-place", action="store_true", help="write the outputs back into notebooks/"
+    )
+    batching = commands.add_parser(
+        "batch", help="run notebooks stage by stage through the Batch API (JUDGE_MODE=collect)"
+    )
     batching.add_argument("notebooks", nargs="*")
     filling = commands.add_parser("fill", help="merge a results file into a call log")
     filling.add_argument("log", type=Path)
@@ -170,7 +195,10 @@ def main() -> int:
         return run(given.notebooks, given.in_place)
     if given.command == "published":
         wrong = published.download()
-        print("\n".join(wrong) or f"{len(published.FILES)} files in {published.FOLDER}: run them with `SNAPSHOT=published make run NOTEBOOK=02_pairwise`")
+        print(
+            "\n".join(wrong)
+            or f"{len(published.FILES)} files in {published.FOLDER}: run them with `SNAPSHOT=published make run NOTEBOOK=02_pairwise`"
+        )
         return 1 if wrong else 0
     log = CallLog(given.log, mode="collect")
     before = len(log)

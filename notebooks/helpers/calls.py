@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Iterable
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, LogProb, MessageRole
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    LLMMetadata,
+    LogProb,
+    MessageRole,
+)
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms import LLM, CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
@@ -16,10 +23,21 @@ from llama_index.core.llms.callbacks import llm_chat_callback
 from .costs import BATCH, METER, Meter, caps
 from .models import ask, ask_and_block
 from .settings import RunStopped, name_of, number, terminal
-from .snapshots import STAGE, CallLog, DamagedFile, call_key, judge_mode, load_rows, make_row, request_id
+from .snapshots import (
+    STAGE,
+    CallLog,
+    DamagedFile,
+    call_key,
+    judge_mode,
+    load_rows,
+    make_row,
+    request_id,
+)
 
 ROW = contextvars.ContextVar("row", default=0)  # which row of its stage a call belongs to
-FINISH = contextvars.ContextVar("finish", default=None)  # why the last reply of this task ended: evaluators do not hand it on
+FINISH = contextvars.ContextVar(
+    "finish", default=None
+)  # why the last reply of this task ended: evaluators do not hand it on
 
 
 class MissingCall(LookupError):
@@ -60,14 +78,23 @@ class LoggedLLM(CustomLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        return LLMMetadata(model_name=self.model_name, is_chat_model=True, context_window=self.context_window)
+        return LLMMetadata(
+            model_name=self.model_name, is_chat_model=True, context_window=self.context_window
+        )
 
     def _call(self, messages: list[ChatMessage], kwargs: dict) -> dict:
         for message in messages:
             if any(block.block_type != "text" for block in message.blocks):
-                raise ValueError(f"the call log holds text only, and this {message.role.value} message holds more")
+                raise ValueError(
+                    f"the call log holds text only, and this {message.role.value} message holds more"
+                )
         plain = [{"role": message.role.value, "content": message.content} for message in messages]
-        return {"model": self.model_name, "messages": plain, "params": {**self.params, **kwargs}, "sample": self.sample}
+        return {
+            "model": self.model_name,
+            "messages": plain,
+            "params": {**self.params, **kwargs},
+            "sample": self.sample,
+        }
 
     def _recorded(self, key: str, call: dict) -> ChatResponse | None:
         """The logged answer; None if the live model is to be asked."""
@@ -80,7 +107,9 @@ class LoggedLLM(CustomLLM):
         if self._log.mode == "replay":
             raise MissingCall(self._log.explain_missing(call))
         if self._live is None:
-            raise ValueError(f"JUDGE_MODE=record needs a live model for {self.model_name!r}: pass live=... to CallLog.llm")
+            raise ValueError(
+                f"JUDGE_MODE=record needs a live model for {self.model_name!r}: pass live=... to CallLog.llm"
+            )
         _check_writable(self._log)
         if not isinstance(self._live, LLM):
             self._live = self._live()
@@ -120,16 +149,24 @@ class LoggedLLM(CustomLLM):
                     row = await self._log.append_soon(_row_of(call, response))
             finally:
                 ledger.settle(key, row)
-                if row:  # after a failure, those that wait and those that come must still go one by one
+                if (
+                    row
+                ):  # after a failure, those that wait and those that come must still go one by one
                     ledger.asking.pop(asking, None)
         ledger.use(row)
         return _response(row)
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return _completion(self.chat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs))
+        return _completion(
+            self.chat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs)
+        )
 
-    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return _completion(await self.achat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs))
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponse:
+        return _completion(
+            await self.achat([ChatMessage(role=MessageRole.USER, content=prompt)], **kwargs)
+        )
 
     # A recorded answer is whole at once, so a stream is one piece.
     def stream_chat(self, messages: list[ChatMessage], **kwargs: Any):
@@ -150,16 +187,26 @@ def _check_writable(log: CallLog) -> None:
 def _kept():
     try:
         yield
-    except (OSError, RuntimeError) as error:  # a full disk, another writer: what is asked next could not be kept either
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a full disk, another writer: what is asked next could not be kept either
         raise RunStopped(f"an answer could not be kept: {error}") from error
 
 
 def _row_of(call: dict, response: ChatResponse) -> dict:
-    tokens = [{token.token: token.logprob for token in alternatives} for alternatives in response.logprobs or []]
-    return make_row(call, response.message.content or "", *_details(response.raw), _first_line(tokens))
+    tokens = [
+        {token.token: token.logprob for token in alternatives}
+        for alternatives in response.logprobs or []
+    ]
+    return make_row(
+        call, response.message.content or "", *_details(response.raw), _first_line(tokens)
+    )
 
 
-def embed_through(log: CallLog, model: str, texts: list[str], ask_live: Callable[[list[str]], list[str]]) -> list[str]:
+def embed_through(
+    log: CallLog, model: str, texts: list[str], ask_live: Callable[[list[str]], list[str]]
+) -> list[str]:
     """The embeddings of texts from the log, each as the text that `ask_live` made of it; what is missing is asked for in one request.
 
     A row of an embedding has one message of the role "input". Batches hold chats only, so a run that collects asks for them live too.
@@ -167,7 +214,15 @@ def embed_through(log: CallLog, model: str, texts: list[str], ask_live: Callable
     Raises:
         MissingCall: a replay, and the log does not hold them all.
     """
-    calls = {text: {"model": name_of(model), "messages": [{"role": "input", "content": text}], "params": {}, "sample": 0} for text in texts}
+    calls = {
+        text: {
+            "model": name_of(model),
+            "messages": [{"role": "input", "content": text}],
+            "params": {},
+            "sample": 0,
+        }
+        for text in texts
+    }
     keys = {text: call_key(**call) for text, call in calls.items()}
     if new := [text for text, key in keys.items() if not log.get(key)]:
         if log.mode == "replay":
@@ -192,15 +247,25 @@ def embed_through(log: CallLog, model: str, texts: list[str], ask_live: Callable
 
 def _response(row: dict) -> ChatResponse:
     FINISH.set(row["finish_reason"])
-    logprobs = [[LogProb(token=token, logprob=p) for token, p in tokens.items()] for tokens in row.get("logprobs", [])]
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]), logprobs=logprobs or None,
-                        raw={"usage": row["usage"], "finish_reason": row["finish_reason"]})
+    logprobs = [
+        [LogProb(token=token, logprob=p) for token, p in tokens.items()]
+        for tokens in row.get("logprobs", [])
+    ]
+    return ChatResponse(
+        message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]),
+        logprobs=logprobs or None,
+        raw={"usage": row["usage"], "finish_reason": row["finish_reason"]},
+    )
 
 
 def _first_line(tokens: list[dict]) -> list[dict]:
     """The alternatives of the tokens up to the first line break: a score stands there, and the rest would be a hundred times as
     much."""
-    ends = (i for i, alternatives in enumerate(tokens) if alternatives and "\n" in max(alternatives, key=alternatives.get))
+    ends = (
+        i
+        for i, alternatives in enumerate(tokens)
+        if alternatives and "\n" in max(alternatives, key=alternatives.get)
+    )
     return tokens[: next(ends, len(tokens)) + 1]
 
 
@@ -209,7 +274,9 @@ def _completion(response: ChatResponse) -> CompletionResponse:
 
 
 def _whole(response):
-    response.delta = response.message.content if isinstance(response, ChatResponse) else response.text
+    response.delta = (
+        response.message.content if isinstance(response, ChatResponse) else response.text
+    )
     return response
 
 
@@ -274,7 +341,9 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
             bar.set_postfix_str(str(meter), refresh=False)
             bar.update()
 
-    with tqdm(total=len(jobs), desc=stage, file=terminal(), disable=judge_mode() == "replay") as bar:
+    with tqdm(
+        total=len(jobs), desc=stage, file=terminal(), disable=judge_mode() == "replay"
+    ) as bar:
         if judge_mode() == "record":
             gc.freeze()  # LlamaIndex's half a million objects: to look through them takes a quarter of a second, while calls wait
         try:
@@ -285,19 +354,27 @@ async def run_stage(stage: str, jobs: Iterable[Awaitable], concurrency: int | No
                 job.close()
     failures = [result for result in results if isinstance(result, BaseException)]
     if stopped:
-        raise RunStopped(f"stage {stage!r}: {stopped[0]} ({len(results) - len(failures)} of {len(results)} rows were done)") from stopped[0].__cause__
+        raise RunStopped(
+            f"stage {stage!r}: {stopped[0]} ({len(results) - len(failures)} of {len(results)} rows were done)"
+        ) from stopped[0].__cause__
     waiting = [failure for failure in failures if isinstance(failure, NotAnswered)]
     for failure in failures:
         if failure not in waiting:
-            failure.add_note(f"stage {stage!r}: {len(failures)} of {len(results)} rows failed; what was answered is kept")
+            failure.add_note(
+                f"stage {stage!r}: {len(failures)} of {len(results)} rows failed; what was answered is kept"
+            )
             raise failure
     if waiting:
-        raise Collected(f"stage {stage!r}: {len(waiting)} of {len(results)} rows wait for answers. Their requests are in "
-                        f"{waiting[0]}: have them answered, merge the results with `make fill`, and run again.")
+        raise Collected(
+            f"stage {stage!r}: {len(waiting)} of {len(results)} rows wait for answers. Their requests are in "
+            f"{waiting[0]}: have them answered, merge the results with `make fill`, and run again."
+        )
     return results
 
 
-def fill(log: CallLog, results_path: str | Path, requests_path: str | Path | None = None) -> list[str]:
+def fill(
+    log: CallLog, results_path: str | Path, requests_path: str | Path | None = None
+) -> list[str]:
     """Merge a results file, in the output format of the OpenAI Batch API, into the log.
 
     Good results are appended. Returns what was wrong, a line each: results that are unknown, double, failed, damaged or
@@ -307,10 +384,16 @@ def fill(log: CallLog, results_path: str | Path, requests_path: str | Path | Non
     calls, wrong, answers = {}, [], {}
     for number, request in enumerate(load_rows(requests_path), 1):
         params = dict(request["body"])
-        call = {"model": params.pop("model"), "messages": params.pop("messages"), "params": params,
-                "sample": int(request["custom_id"].split("-")[0])}
+        call = {
+            "model": params.pop("model"),
+            "messages": params.pop("messages"),
+            "params": params,
+            "sample": int(request["custom_id"].split("-")[0]),
+        }
         if request_id(call) != request["custom_id"]:
-            raise DamagedFile(f"{requests_path}, line {number}: custom_id does not match the request's body")
+            raise DamagedFile(
+                f"{requests_path}, line {number}: custom_id does not match the request's body"
+            )
         calls[request["custom_id"]] = call
     for number, line in enumerate(Path(results_path).read_bytes().splitlines(), 1):
         where = f"{results_path}, line {number}"
@@ -319,26 +402,39 @@ def fill(log: CallLog, results_path: str | Path, requests_path: str | Path | Non
             name, error = result["custom_id"], result.get("error")
             reply = result.get("response") or {}
             if error or reply.get("status_code") != 200:
-                wrong.append(f"{where}: {name}: failed: {json.dumps(error or reply, ensure_ascii=False)[:200]}")
+                wrong.append(
+                    f"{where}: {name}: failed: {json.dumps(error or reply, ensure_ascii=False)[:200]}"
+                )
                 answers.setdefault(name, [])
                 continue
             choice = reply["body"]["choices"][0]
-            tokens = [{one["token"]: one["logprob"] for one in token["top_logprobs"]}
-                      for token in (choice.get("logprobs") or {}).get("content") or []]
+            tokens = [
+                {one["token"]: one["logprob"] for one in token["top_logprobs"]}
+                for token in (choice.get("logprobs") or {}).get("content") or []
+            ]
             usage = reply["body"].get("usage")
             if usage and str(result.get("id")).startswith("batch_req"):
                 usage = {**usage, BATCH: True}
             content = choice["message"]["content"]
-            row_parts = "" if content is None else content, usage, choice.get("finish_reason"), _first_line(tokens)
+            row_parts = (
+                "" if content is None else content,
+                usage,
+                choice.get("finish_reason"),
+                _first_line(tokens),
+            )
             if not isinstance(row_parts[0], str):
                 raise TypeError("content is not text")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            wrong.append(f"{where}: not a result of the Batch API's form ({type(error).__name__}: {error})")
+            wrong.append(
+                f"{where}: not a result of the Batch API's form ({type(error).__name__}: {error})"
+            )
             continue
         answers.setdefault(name, []).append((where, row_parts))
     for name, given in answers.items():
         if name not in calls:
-            wrong.append(f"{given[0][0] if given else results_path}: {name}: no such request in {requests_path}")
+            wrong.append(
+                f"{given[0][0] if given else results_path}: {name}: no such request in {requests_path}"
+            )
         elif len(given) > 1:
             wrong.append(f"{given[1][0]}: {name}: answered {len(given)} times, so none was taken")
         elif given:

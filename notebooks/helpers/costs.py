@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from llama_index.core.utils import get_tokenizer  # by default cl100k_base, which ships with LlamaIndex
+from llama_index.core.utils import (
+    get_tokenizer,
+)  # by default cl100k_base, which ships with LlamaIndex
 
 from .models import reply_cap, unreachable
 from .settings import LOCAL, ROLES, STAND_IN, RunStopped, name_of, number, setting, terminal
@@ -25,8 +27,15 @@ PRICES = {"gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano":
 TRAINING_PRICES = {"gpt-4.1": 25.00, "gpt-4o-mini": 3.00}
 EPOCHS = 3  # of a fine-tuning job, where it is not said otherwise
 # What the stand-ins' calls are priced as, so that a replay of the bundled snapshot tells what a live run would have cost.
-PRICED_AS = {"stand-in-teacher": "gpt-4.1", "stand-in-question-writer": "gpt-4.1-mini", "stand-in-answerer": "gpt-4.1-nano"}
-BATCH, BATCH_PRICE = "batch", 0.5  # in a row's usage: it was answered by the Batch API; its share of the price
+PRICED_AS = {
+    "stand-in-teacher": "gpt-4.1",
+    "stand-in-question-writer": "gpt-4.1-mini",
+    "stand-in-answerer": "gpt-4.1-nano",
+}
+BATCH, BATCH_PRICE = (
+    "batch",
+    0.5,
+)  # in a row's usage: it was answered by the Batch API; its share of the price
 # The longest prompt that the notebooks make: three texts of MAX_TOKENS at most, or a chunk or two of 256, and the instructions.
 PROMPT_TOKENS = 4096
 MARGIN = 1.25  # what another tokenizer may make of a prompt, over ours
@@ -46,7 +55,11 @@ class Meter:
     caps: tuple | None = None  # as the stage found them
 
     def __str__(self) -> str:
-        spent = f", ${self.ledger.spent():.4f}{' and what has no price' if self.ledger.unpriced else ''} so far" if self.ledger else ""
+        spent = (
+            f", ${self.ledger.spent():.4f}{' and what has no price' if self.ledger.unpriced else ''} so far"
+            if self.ledger
+            else ""
+        )
         return f"{self.failed} failed{spent}"
 
 
@@ -61,10 +74,16 @@ def _given(text: str) -> dict[str, list[float]]:
         model, _, figures = part.rpartition("=")
         try:
             given[model.strip()] = [float(figure) for figure in figures.split("/")]
-            assert model.strip() and len(given[model.strip()]) in (2, 3) and min(given[model.strip()]) >= 0
+            assert (
+                model.strip()
+                and len(given[model.strip()]) in (2, 3)
+                and min(given[model.strip()]) >= 0
+            )
         except (ValueError, AssertionError) as error:
-            raise ValueError(f'PRICES: {part!r}: expected "model=0.15/0.60" or "model=0.15/0.60/3.00", dollars per million tokens of prompt, '
-                             "reply and training") from error
+            raise ValueError(
+                f'PRICES: {part!r}: expected "model=0.15/0.60" or "model=0.15/0.60/3.00", dollars per million tokens of prompt, '
+                "reply and training"
+            ) from error
     return given
 
 
@@ -79,18 +98,28 @@ def _of_family(table: dict, model: str) -> Any:
 def price_of(model: str) -> tuple[float, float] | None:
     """Dollars per million tokens of prompt and of reply, None if they are not known; a model on this machine costs nothing."""
     given = _given(setting("PRICES"))
-    return (0.0, 0.0) if model.startswith("local:") else _of_family(PRICES | {name: tuple(prices[:2]) for name, prices in given.items()}, model)
+    return (
+        (0.0, 0.0)
+        if model.startswith("local:")
+        else _of_family(PRICES | {name: tuple(prices[:2]) for name, prices in given.items()}, model)
+    )
 
 
 def training_price_of(model: str) -> float | None:
     """Dollars per million tokens of training, None if it is not known."""
-    return _of_family(TRAINING_PRICES | {name: given[2] for name, given in _given(setting("PRICES")).items() if len(given) == 3}, model)
+    return _of_family(
+        TRAINING_PRICES
+        | {name: given[2] for name, given in _given(setting("PRICES")).items() if len(given) == 3},
+        model,
+    )
 
 
 def priced_as(log: CallLog, name: str) -> str:
     """The model whose price a logged name has: without a persona, and for a stand-in a real one."""
     if name.startswith(STAND_IN):
-        return next((model for stand_in, model in PRICED_AS.items() if name.startswith(stand_in)), name)
+        return next(
+            (model for stand_in, model in PRICED_AS.items() if name.startswith(stand_in)), name
+        )
     return log.models.get(name, name)
 
 
@@ -109,13 +138,21 @@ def prompt_tokens(call: dict) -> int:
     return len(get_tokenizer()(prompt_text(call))) + 4 * len(call["messages"])
 
 
-def _dollars(price: tuple[float, float], prompt: int, reply: int, usage: dict | None = None) -> float:
-    return (price[0] * prompt + price[1] * reply) / 1e6 * (BATCH_PRICE if (usage or {}).get(BATCH) else 1)
+def _dollars(
+    price: tuple[float, float], prompt: int, reply: int, usage: dict | None = None
+) -> float:
+    return (
+        (price[0] * prompt + price[1] * reply)
+        / 1e6
+        * (BATCH_PRICE if (usage or {}).get(BATCH) else 1)
+    )
 
 
 def _no_price(model: str, training: bool = False) -> str:
-    return (f"BUDGET_DOLLARS is set, and the price of {'training ' * training}{name_of(model)!r} is not known: give it in PRICES, as "
-            f'"{name_of(model)}=0.15/0.60{"/3.00" * training}" (dollars per million tokens of prompt, reply{" and training" * training}; 0 if free)')
+    return (
+        f"BUDGET_DOLLARS is set, and the price of {'training ' * training}{name_of(model)!r} is not known: give it in PRICES, as "
+        f'"{name_of(model)}=0.15/0.60{"/3.00" * training}" (dollars per million tokens of prompt, reply{" and training" * training}; 0 if free)'
+    )
 
 
 def job_path(log: CallLog) -> Path:
@@ -130,8 +167,16 @@ def noted_job(log: CallLog) -> dict:
 
 def job_cost(job: dict) -> float | None:
     """Dollars of a fine-tuning job and of those before it; None if a price is not known."""
-    parts = [(training_price_of(one["base_model"]), one["tokens"]) for one in [job, *job.get("earlier", [])] if one.get("tokens")]
-    return None if any(price is None for price, _ in parts) else sum(price * tokens for price, tokens in parts) / 1e6
+    parts = [
+        (training_price_of(one["base_model"]), one["tokens"])
+        for one in [job, *job.get("earlier", [])]
+        if one.get("tokens")
+    ]
+    return (
+        None
+        if any(price is None for price, _ in parts)
+        else sum(price * tokens for price, tokens in parts) / 1e6
+    )
 
 
 class Ledger:
@@ -143,11 +188,15 @@ class Ledger:
 
     def __init__(self, log: CallLog) -> None:
         self._log = log
-        self.used: dict[tuple[str, str], dict[bytes, None]] = {}  # (stage, logged name) -> keys of its rows, by first use
+        self.used: dict[
+            tuple[str, str], dict[bytes, None]
+        ] = {}  # (stage, logged name) -> keys of its rows, by first use
         self._seen: set[bytes] = set()
         self.dollars: float | None = None  # of all rows with a known price, once it is asked for
         self.unpriced = False  # whether a price was missing
-        self.asking: dict[tuple, asyncio.Lock] = {}  # (event loop, key) -> held by the call that asks
+        self.asking: dict[
+            tuple, asyncio.Lock
+        ] = {}  # (event loop, key) -> held by the call that asks
         self._reserved: dict[str, float] = {}  # key -> dollars
         self._waiting: list[asyncio.Future] = []
 
@@ -190,7 +239,10 @@ class Ledger:
         if calls is not None and len(self._log) + len(self._reserved) >= calls:
             return f"the budget of {calls:g} calls is used up (BUDGET_CALLS)"
         most = self.most(call) if dollars is not None else 0.0
-        if dollars is not None and (so_far := self.spent() + sum(self._reserved.values())) + most > dollars:
+        if (
+            dollars is not None
+            and (so_far := self.spent() + sum(self._reserved.values())) + most > dollars
+        ):
             return f"the budget of ${dollars:g} does not allow another call: ${so_far:.4f} is spent, the next may cost ${most:.4f} (BUDGET_DOLLARS)"
         self._reserved[key] = most
         return None
@@ -202,7 +254,9 @@ class Ledger:
             RunStopped: the budget does not allow it.
         """
         if why := self.try_to_reserve(key, call):
-            raise RunStopped(f"{why}. What was answered is kept; raise the cap and run again to go on.")
+            raise RunStopped(
+                f"{why}. What was answered is kept; raise the cap and run again to go on."
+            )
 
     async def admit(self, key: str, call: dict) -> None:
         """As `reserve`, but while calls are under way, wait for what they leave."""
@@ -224,8 +278,10 @@ class Ledger:
         if (price := training_price_of(model)) is None:
             raise RunStopped(_no_price(model, training=True))
         if self.spent() + price * tokens / 1e6 > cap:
-            raise RunStopped(f"the budget of ${cap:g} does not allow the fine-tuning job: ${self.spent():.4f} is spent, and {tokens:,} tokens "
-                             f"of training cost ${price * tokens / 1e6:.4f} (BUDGET_DOLLARS). Raise the cap and run again to go on.")
+            raise RunStopped(
+                f"the budget of ${cap:g} does not allow the fine-tuning job: ${self.spent():.4f} is spent, and {tokens:,} tokens "
+                f"of training cost ${price * tokens / 1e6:.4f} (BUDGET_DOLLARS). Raise the cap and run again to go on."
+            )
 
     def settle(self, key: str, row: dict | None) -> None:
         """Give back what a call reserved, and count what its row cost (None: it was not answered)."""
@@ -255,27 +311,69 @@ def cost_table(log: CallLog) -> pd.DataFrame:
         place = stage_of.get(bytes.fromhex(row["key"]), ("(not used by this run)", row["model"]))
         prompt, reply, reported = tokens_of(row)
         price = price_of(priced_as(log, row["model"]))
-        lines.setdefault(place, Counter()).update({
-            "calls": 1, "prompt tokens": prompt, "reply tokens": reply, "reported": reported,
-            "$": float("nan") if price is None else _dollars(price, prompt, reply, row["usage"])})
-    table = pd.DataFrame([{
-        "stage": stage, "model": model, "calls": line["calls"], "prompt tokens": line["prompt tokens"], "reply tokens": line["reply tokens"],
-        "tokens": "reported" if line["reported"] == line["calls"] else "counted" if not line["reported"] else "some counted",
-        "priced as": priced_as(log, model), "$": line["$"]} for (stage, model), line in lines.items()])
+        lines.setdefault(place, Counter()).update(
+            {
+                "calls": 1,
+                "prompt tokens": prompt,
+                "reply tokens": reply,
+                "reported": reported,
+                "$": float("nan")
+                if price is None
+                else _dollars(price, prompt, reply, row["usage"]),
+            }
+        )
+    table = pd.DataFrame(
+        [
+            {
+                "stage": stage,
+                "model": model,
+                "calls": line["calls"],
+                "prompt tokens": line["prompt tokens"],
+                "reply tokens": line["reply tokens"],
+                "tokens": "reported"
+                if line["reported"] == line["calls"]
+                else "counted"
+                if not line["reported"]
+                else "some counted",
+                "priced as": priced_as(log, model),
+                "$": line["$"],
+            }
+            for (stage, model), line in lines.items()
+        ]
+    )
     if table.empty:
         return table
     if job := noted_job(log):
         jobs, training = [job, *job["earlier"]], job_cost(job)
-        line = {"stage": "fine-tuning", "model": job["base_model"], "calls": len(jobs), "prompt tokens": sum(one["tokens"] for one in jobs), "reply tokens": 0,
-                "tokens": "reported" if job.get("trained_tokens") else "counted", "priced as": job["base_model"],
-                "$": float("nan") if training is None else training}
+        line = {
+            "stage": "fine-tuning",
+            "model": job["base_model"],
+            "calls": len(jobs),
+            "prompt tokens": sum(one["tokens"] for one in jobs),
+            "reply tokens": 0,
+            "tokens": "reported" if job.get("trained_tokens") else "counted",
+            "priced as": job["base_model"],
+            "$": float("nan") if training is None else training,
+        }
         table = pd.concat([table, pd.DataFrame([line])], ignore_index=True)
-    total = {"stage": "in all", **table[["calls", "prompt tokens", "reply tokens"]].sum(), "$": table["$"].sum(skipna=False)}
-    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True).fillna({"model": "", "tokens": "", "priced as": ""})
-    return table.astype({"calls": int, "prompt tokens": int, "reply tokens": int}).round({"$": 4}).set_index(["stage", "model"])
+    total = {
+        "stage": "in all",
+        **table[["calls", "prompt tokens", "reply tokens"]].sum(),
+        "$": table["$"].sum(skipna=False),
+    }
+    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True).fillna(
+        {"model": "", "tokens": "", "priced as": ""}
+    )
+    return (
+        table.astype({"calls": int, "prompt tokens": int, "reply tokens": int})
+        .round({"$": 4})
+        .set_index(["stage", "model"])
+    )
 
 
-def check_run(log: CallLog, models: dict[str, str], calls: dict[str, int], examples: int = 0) -> pd.DataFrame:
+def check_run(
+    log: CallLog, models: dict[str, str], calls: dict[str, int], examples: int = 0
+) -> pd.DataFrame:
     """Before the first call: which models will be asked, and what that can cost at most. A run that records is stopped here if a key is
     missing, a model cannot be reached, or the budget has no price to go by.
 
@@ -306,22 +404,75 @@ def check_run(log: CallLog, models: dict[str, str], calls: dict[str, int], examp
         if role == "student":  # half of its calls are the fine-tuned model's, which is dearer
             price = price_of(f"ft:{name_of(model)}")
             alias = f"ft:{name_of(model)}"
-        parts = [(role, most, most * tokens, None if price is None else most * _dollars(price, PROMPT_TOKENS, reply_cap(alias)), alias, False)]
+        parts = [
+            (
+                role,
+                most,
+                most * tokens,
+                None if price is None else most * _dollars(price, PROMPT_TOKENS, reply_cap(alias)),
+                alias,
+                False,
+            )
+        ]
         if role == "student" and examples:
             training, trained = training_price_of(model), EPOCHS * examples * tokens
-            parts.append(("student, fine-tuning", 1, trained, None if training is None else training * trained / 1e6, model, True))
+            parts.append(
+                (
+                    "student, fine-tuning",
+                    1,
+                    trained,
+                    None if training is None else training * trained / 1e6,
+                    model,
+                    True,
+                )
+            )
         for name, count, most_tokens, dollars, priced, training in parts:
             if recording and dollars is None and number("BUDGET_DOLLARS") is not None:
                 wrong.append(f"{ROLES[role]} ({name}): {_no_price(priced, training)}")
-            lines.append({"role": name, "model": name_of(model), "calls at most": count, "tokens at most": most_tokens,
-                          "priced as": name_of(priced), "$ at most": float("nan") if dollars is None else dollars,
-                          "endpoint": "answers" if model in reached else "not asked"})
+            lines.append(
+                {
+                    "role": name,
+                    "model": name_of(model),
+                    "calls at most": count,
+                    "tokens at most": most_tokens,
+                    "priced as": name_of(priced),
+                    "$ at most": float("nan") if dollars is None else dollars,
+                    "endpoint": "answers" if model in reached else "not asked",
+                }
+            )
     if wrong:
-        raise RunStopped("this run cannot start:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(wrong)))
-    table = pd.DataFrame(lines, columns=["role", "model", "calls at most", "tokens at most", "priced as", "$ at most", "endpoint"])
-    total = {"role": "in all", **table[["calls at most", "tokens at most"]].sum(), "$ at most": table["$ at most"].sum(skipna=False)}
+        raise RunStopped(
+            "this run cannot start:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(wrong))
+        )
+    table = pd.DataFrame(
+        lines,
+        columns=[
+            "role",
+            "model",
+            "calls at most",
+            "tokens at most",
+            "priced as",
+            "$ at most",
+            "endpoint",
+        ],
+    )
+    total = {
+        "role": "in all",
+        **table[["calls at most", "tokens at most"]].sum(),
+        "$ at most": table["$ at most"].sum(skipna=False),
+    }
     if recording and terminal():
-        print(f"at most {total['calls at most']:,} calls, {total['tokens at most']:,} tokens and "
-              f"{'an unknown price' if math.isnan(total['$ at most']) else format(total['$ at most'], '.2f') + ' dollars'}", file=terminal(), flush=True)
-    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True).fillna({"model": "", "priced as": "", "endpoint": ""})
-    return table.astype({"calls at most": int, "tokens at most": int}).round({"$ at most": 2}).set_index("role")
+        print(
+            f"at most {total['calls at most']:,} calls, {total['tokens at most']:,} tokens and "
+            f"{'an unknown price' if math.isnan(total['$ at most']) else format(total['$ at most'], '.2f') + ' dollars'}",
+            file=terminal(),
+            flush=True,
+        )
+    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True).fillna(
+        {"model": "", "priced as": "", "endpoint": ""}
+    )
+    return (
+        table.astype({"calls at most": int, "tokens at most": int})
+        .round({"$ at most": 2})
+        .set_index("role")
+    )

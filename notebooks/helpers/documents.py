@@ -47,13 +47,19 @@ class Wikipedia(BaseReader):
         session.get = functools.partial(session.get, timeout=30)
         package.requests = session  # its one use of the module is requests.get
         package.set_user_agent(self.user_agent)
-        package.API_URL = package.API_URL.replace("http://en.wikipedia.org", "https://en.wikipedia.org")
+        package.API_URL = package.API_URL.replace(
+            "http://en.wikipedia.org", "https://en.wikipedia.org"
+        )
         kwargs = {"auto_suggest": False, **load_kwargs}
         documents = []
         with session, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="No parser was explicitly specified")  # of an ambiguous page
+            warnings.filterwarnings(
+                "ignore", message="No parser was explicitly specified"
+            )  # of an ambiguous page
             for title in pages:
-                [document] = Retrying(**retry_policy())(WikipediaReader().load_data, pages=[title], **kwargs)
+                [document] = Retrying(**retry_policy())(
+                    WikipediaReader().load_data, pages=[title], **kwargs
+                )
                 documents.append(Document(text=document.text, metadata={"title": title}))
         return documents
 
@@ -98,19 +104,28 @@ class SnapshotReader(BaseReader):
         mode = judge_mode()
         own = snapshot_folder("") / "documents"
         folder = own if own.is_dir() or self._live and mode != "replay" else DATA / "documents"
-        paths = {title: folder / f"{title.replace(' ', '_').replace('/', '_')}.txt" for title in pages}
+        paths = {
+            title: folder / f"{title.replace(' ', '_').replace('/', '_')}.txt" for title in pages
+        }
         unread = {}
         for title, path in paths.items():
             if path.exists():
                 continue
             if self._live is None or mode == "replay":
-                raise FileNotFoundError(f"no page {title!r} in this snapshot (looked for {path}); to add it, put its text there, or "
-                                        "record with a live reader (DOCUMENTS=wikipedia)")
+                raise FileNotFoundError(
+                    f"no page {title!r} in this snapshot (looked for {path}); to add it, put its text there, or "
+                    "record with a live reader (DOCUMENTS=wikipedia)"
+                )
             try:
                 write_text(path, self._live.load_data(pages=[title], **load_kwargs)[0].text)
             except Exception as error:  # of whatever reader: the other pages are read all the same, and this one is told
                 unread[title] = _why(error)
         if unread:
-            raise UnreadPages(f"{len(unread)} of {len(pages)} pages could not be read; the others are in {folder}.\n"
-                              + "\n".join(f"  {title}: {why}" for title, why in unread.items()))
-        return [Document(text=path.read_text(encoding="utf-8"), metadata={"title": title}) for title, path in paths.items()]
+            raise UnreadPages(
+                f"{len(unread)} of {len(pages)} pages could not be read; the others are in {folder}.\n"
+                + "\n".join(f"  {title}: {why}" for title, why in unread.items())
+            )
+        return [
+            Document(text=path.read_text(encoding="utf-8"), metadata={"title": title})
+            for title, path in paths.items()
+        ]

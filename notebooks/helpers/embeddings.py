@@ -56,24 +56,39 @@ class LocalEmbedding(_Embedding):
             from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
             transformers.utils.logging.disable_progress_bar()  # it would stand in the notebook
-            self._encoder = HuggingFaceEmbedding(model_name=str(get_model_path()), device="cpu", embed_batch_size=32)
+            self._encoder = HuggingFaceEmbedding(
+                model_name=str(get_model_path()), device="cpu", embed_batch_size=32
+            )
         return self._encoder
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         digests = [_digest(text) for text in texts]
         # By length, since a batch takes as long as its longest text makes it.
-        new = sorted({text for text, digest in zip(texts, digests) if digest not in self._vectors}, key=lambda text: (len(text), text))
+        new = sorted(
+            {text for text, digest in zip(texts, digests) if digest not in self._vectors},
+            key=lambda text: (len(text), text),
+        )
         if new:
             longest = self.encoder.max_length
             if any(len(text) > longest and self._tokens(text) > longest for text in reversed(new)):
                 _say_too_long(longest)
-            self._vectors |= zip(map(_digest, new), np.array(self.encoder.get_text_embedding_batch(new), dtype=np.float16).astype(float))
+            self._vectors |= zip(
+                map(_digest, new),
+                np.array(self.encoder.get_text_embedding_batch(new), dtype=np.float16).astype(
+                    float
+                ),
+            )
         if keep := os.environ.get("KEEP_EMBEDDINGS"):
-            write_vectors(Path(keep), read_vectors(Path(keep)) | {digest: self._vectors[digest] for digest in digests})
+            write_vectors(
+                Path(keep),
+                read_vectors(Path(keep)) | {digest: self._vectors[digest] for digest in digests},
+            )
         return [self._vectors[digest].tolist() for digest in digests]
 
     def _tokens(self, text: str) -> int:
-        return len(self.encoder._model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        return len(
+            self.encoder._model.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        )
 
 
 def _digest(text: str) -> bytes:
@@ -82,8 +97,11 @@ def _digest(text: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _say_too_long(tokens: int) -> None:
-    warnings.warn(f"a text is longer than the {tokens} tokens that the encoder reads: what comes after them counts by its words "
-                  "only (said once)", stacklevel=3)
+    warnings.warn(
+        f"a text is longer than the {tokens} tokens that the encoder reads: what comes after them counts by its words "
+        "only (said once)",
+        stacklevel=3,
+    )
 
 
 def read_vectors(path: Path) -> dict[bytes, np.ndarray]:
@@ -97,8 +115,11 @@ def read_vectors(path: Path) -> dict[bytes, np.ndarray]:
 def write_vectors(path: Path, vectors: dict[bytes, np.ndarray]) -> None:
     """Write `digests`, (texts, 16) bytes, and `vectors`, (texts, 384) in half precision."""
     digests = sorted(vectors)
-    np.savez_compressed(path, digests=np.array([list(digest) for digest in digests], dtype=np.uint8),
-                        vectors=np.array([vectors[digest] for digest in digests], dtype=np.float16))
+    np.savez_compressed(
+        path,
+        digests=np.array([list(digest) for digest in digests], dtype=np.uint8),
+        vectors=np.array([vectors[digest] for digest in digests], dtype=np.float16),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -121,11 +142,15 @@ class HostedEmbedding(_Embedding):
     def _ask(self, texts: list[str]) -> list[str]:
         self._live = self._live or live_embedding(self._model)
         vectors = self._live.get_text_embedding_batch(texts)
-        return [base64.b64encode(np.array(vector, dtype="<f2").tobytes()).decode() for vector in vectors]
+        return [
+            base64.b64encode(np.array(vector, dtype="<f2").tobytes()).decode() for vector in vectors
+        ]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return [np.frombuffer(base64.b64decode(kept), dtype="<f2").astype(float).tolist()
-                for kept in embed_through(self._log, self._model, texts, self._ask)]
+        return [
+            np.frombuffer(base64.b64decode(kept), dtype="<f2").astype(float).tolist()
+            for kept in embed_through(self._log, self._model, texts, self._ask)
+        ]
 
 
 def embedding_of(model: str, log: CallLog) -> BaseEmbedding:

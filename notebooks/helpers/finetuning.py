@@ -57,13 +57,22 @@ def finetuning_events():
         yield events
     finally:
         dispatcher.event_handlers.remove(recorder)
-        events += [{"messages": [{"role": m.role.value, "content": m.content} for m in chat], "row": key[0]}
-                   for key, chat in sorted(recorder.chats.items(), key=lambda item: item[0][0])]
+        events += [
+            {
+                "messages": [{"role": m.role.value, "content": m.content} for m in chat],
+                "row": key[0],
+            }
+            for key, chat in sorted(recorder.chats.items(), key=lambda item: item[0][0])
+        ]
 
 
 def readable_events(events: list[dict], low: float = 1, high: float = 5) -> list[dict]:
     """The chats whose reply holds a score from `low` to `high`: what cannot be read cannot be learnt from."""
-    return [event for event in events if read_score(event["messages"][-1]["content"], low, high)[0] is not None]
+    return [
+        event
+        for event in events
+        if read_score(event["messages"][-1]["content"], low, high)[0] is not None
+    ]
 
 
 def save_events(path: str | Path, events: list[dict]) -> None:
@@ -80,10 +89,14 @@ def check_events(path: str | Path, least: int = MIN_EXAMPLES) -> list[dict]:
     events = load_rows(path)
     for number, event in enumerate(events, 1):
         messages = event.get("messages")
-        well_formed = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        well_formed = isinstance(messages, list) and all(
+            isinstance(message, dict) for message in messages
+        )
         roles = [message.get("role") for message in messages] if well_formed else messages
         if roles != ROLES:
-            raise DamagedFile(f"{path}, line {number}: expected messages of the roles {', '.join(ROLES)}; found {roles}")
+            raise DamagedFile(
+                f"{path}, line {number}: expected messages of the roles {', '.join(ROLES)}; found {roles}"
+            )
         for message in messages:
             if not isinstance(message.get("content"), str) or not message["content"].strip():
                 raise DamagedFile(f"{path}, line {number}: the {message['role']} message is empty")
@@ -92,7 +105,9 @@ def check_events(path: str | Path, least: int = MIN_EXAMPLES) -> list[dict]:
     return events
 
 
-def resolve_pairwise_events(events: list[dict], rows: list[dict], both_orders: bool = False) -> list[dict]:
+def resolve_pairwise_events(
+    events: list[dict], rows: list[dict], both_orders: bool = False
+) -> list[dict]:
     """From the chats of both orders, those to learn from: of each row, the chat of the order that decided it.
 
     Rows without a verdict (the orders contradict, or one is invalid) give none. An event finds its row and order by what its
@@ -114,13 +129,19 @@ def resolve_pairwise_events(events: list[dict], rows: list[dict], both_orders: b
     places: dict = {}
     for number, row in enumerate(rows):
         first, second = (answer["text"] for answer in row["answers"])
-        places.setdefault((row["question"], row["source"], first, second), []).append((number, "original"))
-        places.setdefault((row["question"], row["source"], second, first), []).append((number, "flipped"))
+        places.setdefault((row["question"], row["source"], first, second), []).append(
+            (number, "original")
+        )
+        places.setdefault((row["question"], row["source"], second, first), []).append(
+            (number, "flipped")
+        )
     chats = {}
     for number, event in enumerate(events):
         waiting = places.get(read_pair_prompt(event["messages"]))
         if not waiting:
-            raise ValueError(f"event {number} belongs to none of the rows (or a row's chat stands there more than twice)")
+            raise ValueError(
+                f"event {number} belongs to none of the rows (or a row's chat stands there more than twice)"
+            )
         chats[waiting.pop(0)] = event
     kept = []
     for number, row in enumerate(rows):
@@ -128,24 +149,43 @@ def resolve_pairwise_events(events: list[dict], rows: list[dict], both_orders: b
         if source not in ("original", "flipped"):
             continue
         if (number, source) not in chats:
-            raise ValueError(f"row {number} was decided by its {source} order, but the events hold no such chat")
-        orders = [source] + [order for order in ("original", "flipped") if order != source and both_orders]
+            raise ValueError(
+                f"row {number} was decided by its {source} order, but the events hold no such chat"
+            )
+        orders = [source] + [
+            order for order in ("original", "flipped") if order != source and both_orders
+        ]
         kept += [chats[number, order] for order in orders if (number, order) in chats]
     return kept
 
 
 def count_tokens(events: list[dict]) -> list[int]:
     """Training tokens of each chat, counted as OpenAI's fine-tuning guide does (3 a message, 3 for the reply, and the texts)."""
-    tokenize = get_tokenizer()  # cl100k_base, which ships with LlamaIndex; other OpenAI encodings come within a few per cent
-    return [3 + sum(3 + len(tokenize(m["role"])) + len(tokenize(m["content"])) for m in event["messages"]) for event in events]
+    tokenize = (
+        get_tokenizer()
+    )  # cl100k_base, which ships with LlamaIndex; other OpenAI encodings come within a few per cent
+    return [
+        3
+        + sum(3 + len(tokenize(m["role"])) + len(tokenize(m["content"])) for m in event["messages"])
+        for event in events
+    ]
 
 
 def training_cost(events: list[dict], epochs: int = EPOCHS) -> pd.DataFrame:
     """What uploading these chats would cost. A row a model: tokens over all epochs, the price per million, dollars."""
     tokens = sum(count_tokens(events)) * epochs
     prices = {model: training_price_of(model) for model in TRAINING_PRICES}
-    return pd.DataFrame([{"model": model, "tokens": tokens, "$ per million": price, "$": round(tokens * price / 1e6, 2)}
-                         for model, price in prices.items()]).set_index("model")
+    return pd.DataFrame(
+        [
+            {
+                "model": model,
+                "tokens": tokens,
+                "$ per million": price,
+                "$": round(tokens * price / 1e6, 2),
+            }
+            for model, price in prices.items()
+        ]
+    ).set_index("model")
 
 
 @dataclass
@@ -177,12 +217,23 @@ class LocalFinetuneEngine:
         scale: the ends of the teacher's scale, where it gave scores.
     """
 
-    def __init__(self, base_model: str = "minilm", data_path: str | Path = "", alpha: float = 1.0, temperature: float = 1.0,
-                 scale: tuple[float, float] = (1, 5)) -> None:
+    def __init__(
+        self,
+        base_model: str = "minilm",
+        data_path: str | Path = "",
+        alpha: float = 1.0,
+        temperature: float = 1.0,
+        scale: tuple[float, float] = (1, 5),
+    ) -> None:
         if base_model != LOCAL:
             raise ValueError(f"base_model={base_model!r}: the local engine has {LOCAL!r} only")
         check_settings(alpha, temperature)
-        self.data_path, self.alpha, self.temperature, self.scale = data_path, alpha, temperature, scale
+        self.data_path, self.alpha, self.temperature, self.scale = (
+            data_path,
+            alpha,
+            temperature,
+            scale,
+        )
         self.student: Student | PairStudent | None = None
         self._job: LocalJob | None = None
 
@@ -196,15 +247,28 @@ class LocalFinetuneEngine:
             reply = event["messages"][-1]["content"]
             label, reason = read_verdict(reply) if pairs else read_score(reply, *self.scale)
             if label is None:
-                raise DamagedFile(f"{self.data_path}, line {number}: cannot learn from the reply: {reason}")
+                raise DamagedFile(
+                    f"{self.data_path}, line {number}: cannot learn from the reply: {reason}"
+                )
             try:
                 samples.setdefault(read_input(event["messages"]), []).append(label)
             except ValueError as error:
                 raise DamagedFile(f"{self.data_path}, line {number}: {error}") from error
-        soft = [{label: said.count(label) / len(said) for label in said} for said in samples.values()]
+        soft = [
+            {label: said.count(label) / len(said) for label in said} for said in samples.values()
+        ]
         hard = [(majority if pairs else lower_median)(distribution) for distribution in soft]
-        self.student = (PairStudent if pairs else Student).fit(list(samples), hard, soft, self.alpha, self.temperature)
-        self._job = LocalJob("succeeded", LOCAL, Path(self.data_path).name, len(events), self.student.kinds, self.student.labels.tolist())
+        self.student = (PairStudent if pairs else Student).fit(
+            list(samples), hard, soft, self.alpha, self.temperature
+        )
+        self._job = LocalJob(
+            "succeeded",
+            LOCAL,
+            Path(self.data_path).name,
+            len(events),
+            self.student.kinds,
+            self.student.labels.tolist(),
+        )
 
     def get_current_job(self) -> LocalJob:
         """The finished job."""
@@ -218,7 +282,9 @@ class LocalFinetuneEngine:
         return self.student.llm()
 
 
-def hosted_students(model: str, data_path: str | Path, log: CallLog, **settings: Any) -> dict[str, LLM]:
+def hosted_students(
+    model: str, data_path: str | Path, log: CallLog, **settings: Any
+) -> dict[str, LLM]:
     """A hosted model to compare the local student with: {"hosted": fine-tuned on the file, "hosted_base": as it was}, both in front of the
     log; {} if `model` is "minilm", and none is wanted.
 
@@ -239,10 +305,14 @@ def hosted_students(model: str, data_path: str | Path, log: CallLog, **settings:
     if log.mode == "replay":
         job = noted_job(log)
         if not job.get("fine_tuned_model"):
-            raise FileNotFoundError(f"{job_path(log)}: no fine-tuned model of {model!r} was recorded; run with JUDGE_MODE=record")
+            raise FileNotFoundError(
+                f"{job_path(log)}: no fine-tuned model of {model!r} was recorded; run with JUDGE_MODE=record"
+            )
     else:
         from .hosted import finetune_or_pick_up
 
         job = finetune_or_pick_up(model, data_path, log, settings)
-    return {name: log.llm(id, live(served_like(id, model)), params={"temperature": 0}) for name, id in
-            (("hosted", job["fine_tuned_model"]), ("hosted_base", name_of(model)))}
+    return {
+        name: log.llm(id, live(served_like(id, model)), params={"temperature": 0})
+        for name, id in (("hosted", job["fine_tuned_model"]), ("hosted_base", name_of(model)))
+    }

@@ -6,7 +6,17 @@ import pandas as pd
 from .grading import ACCEPTABLE, score_distribution
 from .metrics import _pearson, _ranks, evaluation_of, measured, paired, scores_of
 
-GRADES = ("correlation", "mae", "accuracy", "precision", "recall", "kappa", "auc", "brier", "coverage")
+GRADES = (
+    "correlation",
+    "mae",
+    "accuracy",
+    "precision",
+    "recall",
+    "kappa",
+    "auc",
+    "brier",
+    "coverage",
+)
 
 
 def probabilities_of(rows: list[dict], judge: str) -> np.ndarray:
@@ -17,12 +27,18 @@ def probabilities_of(rows: list[dict], judge: str) -> np.ndarray:
     probabilities = scores_of(rows, judge)
     for number, row in enumerate(rows):
         evaluation = evaluation_of(row, number, judge)
-        if evaluation["score"] is not None and ("distribution" in evaluation or "samples" in evaluation):
-            probabilities[number] = sum(p for score, p in score_distribution(evaluation).items() if score > ACCEPTABLE)
+        if evaluation["score"] is not None and (
+            "distribution" in evaluation or "samples" in evaluation
+        ):
+            probabilities[number] = sum(
+                p for score, p in score_distribution(evaluation).items() if score > ACCEPTABLE
+            )
     return probabilities
 
 
-def grade_agreement(teacher: np.ndarray, scores: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def grade_agreement(
+    teacher: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
+) -> np.ndarray:
     """The figures of GRADES for arrays of shape (rows,); NaN scores are invalid judgements.
 
     On the rows on which both are valid: Pearson's correlation and mean absolute error of the scores; then of the verdicts (score
@@ -39,16 +55,28 @@ def grade_agreement(teacher: np.ndarray, scores: np.ndarray, probabilities: np.n
     truth, given = x > ACCEPTABLE, y > ACCEPTABLE
     accuracy, hits = (truth == given).mean(), (truth & given).sum()
     expected = truth.mean() * given.mean() + (1 - truth.mean()) * (1 - given.mean())
-    return np.array([_pearson(x, y), np.abs(x - y).mean(), accuracy, hits / given.sum() if given.any() else np.nan,
-                     hits / truth.sum() if truth.any() else np.nan, (accuracy - expected) / (1 - expected) if expected < 1 else np.nan,
-                     _auc(truth, p), ((p - truth) ** 2).mean(), coverage])
+    return np.array(
+        [
+            _pearson(x, y),
+            np.abs(x - y).mean(),
+            accuracy,
+            hits / given.sum() if given.any() else np.nan,
+            hits / truth.sum() if truth.any() else np.nan,
+            (accuracy - expected) / (1 - expected) if expected < 1 else np.nan,
+            _auc(truth, p),
+            ((p - truth) ** 2).mean(),
+            coverage,
+        ]
+    )
 
 
 def _auc(truth: np.ndarray, p: np.ndarray) -> float:
     """The probability that an acceptable answer is ranked above one that is not (Mann-Whitney's U over all pairs)."""
     positive = truth.sum()
     pairs = positive * (len(truth) - positive)
-    return float((_ranks(p)[truth].sum() - positive * (positive + 1) / 2) / pairs) if pairs else np.nan
+    return (
+        float((_ranks(p)[truth].sum() - positive * (positive + 1) / 2) / pairs) if pairs else np.nan
+    )
 
 
 def grading_report(rows: list[dict], teacher: str, judges: list[str]) -> pd.DataFrame:
@@ -63,8 +91,11 @@ def grading_report(rows: list[dict], teacher: str, judges: list[str]) -> pd.Data
     for judge in judges:
         scores, p = scores_of(rows, judge), probabilities_of(rows, judge)
         both = ~np.isnan(truth) & ~np.isnan(scores)
-        report[judge] = {"n": int(both.sum()), "acceptable": int((truth[both] > ACCEPTABLE).sum()),
-                         **measured(rows, GRADES, lambda at: grade_agreement(truth[at], scores[at], p[at]))}
+        report[judge] = {
+            "n": int(both.sum()),
+            "acceptable": int((truth[both] > ACCEPTABLE).sum()),
+            **measured(rows, GRADES, lambda at: grade_agreement(truth[at], scores[at], p[at])),
+        }
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
@@ -76,16 +107,24 @@ def compare_graders(rows: list[dict], teacher: str, student: str, other: str) ->
     """
     names = ("mae", "accuracy", "auc", "brier")
     truth = scores_of(rows, teacher)
-    ours, theirs = (np.stack([scores_of(rows, judge), probabilities_of(rows, judge)], axis=1) for judge in (student, other))
+    ours, theirs = (
+        np.stack([scores_of(rows, judge), probabilities_of(rows, judge)], axis=1)
+        for judge in (student, other)
+    )
     valid = ~np.isnan(truth + ours[:, 0] + theirs[:, 0])
     if not valid.any():
         raise ValueError(f"no row on which {teacher}, {student} and {other} are all valid")
     rows, truth = [row for row, keep in zip(rows, valid) if keep], truth[valid]
     # A ranking is a judge's own: exchanged are ranks, for of two judges' probabilities together one may always stand above the other.
-    ours, theirs = (np.column_stack([said[valid], _ranks(said[valid, 1])]) for said in (ours, theirs))
+    ours, theirs = (
+        np.column_stack([said[valid], _ranks(said[valid, 1])]) for said in (ours, theirs)
+    )
 
     def figures(said: np.ndarray, at: np.ndarray) -> np.ndarray:
-        figure = dict(zip(GRADES, grade_agreement(truth[at], said[:, 0], said[:, 1])), auc=_auc(truth[at] > ACCEPTABLE, said[:, 2]))
+        figure = dict(
+            zip(GRADES, grade_agreement(truth[at], said[:, 0], said[:, 1])),
+            auc=_auc(truth[at] > ACCEPTABLE, said[:, 2]),
+        )
         return np.array([figure[name] for name in names])
 
     return paired(rows, names, figures, student, ours, other, theirs)

@@ -9,10 +9,14 @@ from llama_index.core.llms import LLM
 from .replies import cut_off, read_score, read_score_tokens
 
 ACCEPTABLE = 0.8  # a score above it is
-FORMAT = {1: "as a number from 0.0 (no marks) to 1.0 (full marks) with one decimal",
-          100: "as a whole number from 0 (no marks) to 100 (full marks)"}
+FORMAT = {
+    1: "as a number from 0.0 (no marks) to 1.0 (full marks) with one decimal",
+    100: "as a whole number from 0 (no marks) to 100 (full marks)",
+}
 # The local student finds the texts by these headings, which are CorrectnessEvaluator's, but for the second.
-SECTIONS = "## User Query\n{query}\n\n## Context\n{context}\n\n## Generated Answer\n{generated_answer}\n"
+SECTIONS = (
+    "## User Query\n{query}\n\n## Context\n{context}\n\n## Generated Answer\n{generated_answer}\n"
+)
 
 
 def lower_median(distribution: dict[float, float]) -> float:
@@ -49,7 +53,10 @@ class SingleGradingEvaluator(BaseEvaluator):
     def messages(self, question: str, context: str, answer: str) -> list[ChatMessage]:
         """What the judge is sent."""
         shown = SECTIONS.format(query=question, context=context, generated_answer=answer)
-        return [ChatMessage(role=MessageRole.SYSTEM, content=self.rubric), ChatMessage(role=MessageRole.USER, content=shown)]
+        return [
+            ChatMessage(role=MessageRole.SYSTEM, content=self.rubric),
+            ChatMessage(role=MessageRole.USER, content=shown),
+        ]
 
     # A rubric is anyone's text, with braces that are no placeholders, so it is no template of LlamaIndex's.
     def _get_prompts(self) -> dict:
@@ -64,25 +71,48 @@ class SingleGradingEvaluator(BaseEvaluator):
         response = await self.llm.achat(self.messages(question, context, answer))
         text = response.message.content or ""
         score, reason = read_score(text, 0, self.scale)
-        reason = cut_off(response.raw.get("finish_reason") if isinstance(response.raw, dict) else None) or reason
+        reason = (
+            cut_off(response.raw.get("finish_reason") if isinstance(response.raw, dict) else None)
+            or reason
+        )
         distribution = {}
         if reason is None and self.logprobs:
             distribution, reason = read_score_tokens(response.logprobs or [], self.scale)
             score = lower_median(distribution) if reason is None else None
         if reason:
             return {"score": None, "acceptable": None, "text": text, "invalid": reason}
-        graded = {"score": score / self.scale, "acceptable": score / self.scale > ACCEPTABLE, "text": text}
-        return graded | ({"distribution": [[score / self.scale, p] for score, p in distribution.items()]} if distribution else {})
+        graded = {
+            "score": score / self.scale,
+            "acceptable": score / self.scale > ACCEPTABLE,
+            "text": text,
+        }
+        return graded | (
+            {"distribution": [[score / self.scale, p] for score, p in distribution.items()]}
+            if distribution
+            else {}
+        )
 
-    async def aevaluate(self, query: str | None = None, response: str | None = None, contexts: Sequence[str] | None = None,
-                        **kwargs: Any) -> EvaluationResult:
+    async def aevaluate(
+        self,
+        query: str | None = None,
+        response: str | None = None,
+        contexts: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> EvaluationResult:
         """The face of LlamaIndex's evaluators: `passing` is True where the score is above ACCEPTABLE."""
         if query is None or response is None or not contexts:
             raise ValueError("query, response and contexts must be given")
         graded = await self.grade(query, "\n\n".join(contexts), response)
-        return EvaluationResult(query=query, response=response, contexts=contexts, score=graded["score"], feedback=graded["text"],
-                                passing=graded.get("acceptable"), invalid_result="invalid" in graded,
-                                invalid_reason=graded.get("invalid"))
+        return EvaluationResult(
+            query=query,
+            response=response,
+            contexts=contexts,
+            score=graded["score"],
+            feedback=graded["text"],
+            passing=graded.get("acceptable"),
+            invalid_result="invalid" in graded,
+            invalid_reason=graded.get("invalid"),
+        )
 
 
 def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict]:
@@ -101,13 +131,29 @@ def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict
             raise KeyError(f"row {number} has no judgement by {missing[0]!r}")
         drawn = [given[judge] for judge in judges]
         samples = [evaluation["score"] for evaluation in drawn]
-        one = {"llm": name, "score": None, "acceptable": None, "text": drawn[0]["text"], "samples": samples}
+        one = {
+            "llm": name,
+            "score": None,
+            "acceptable": None,
+            "text": drawn[0]["text"],
+            "samples": samples,
+        }
         if distribution := score_distribution(one):
             score = lower_median(distribution)
-            one |= {"score": score, "acceptable": score > ACCEPTABLE, "text": drawn[samples.index(score)]["text"]}
+            one |= {
+                "score": score,
+                "acceptable": score > ACCEPTABLE,
+                "text": drawn[samples.index(score)]["text"],
+            }
         else:
-            one["invalid"] = "no valid sample: " + "; ".join(dict.fromkeys(evaluation["invalid"] for evaluation in drawn))
-        rest = [evaluation for evaluation in row["evaluations"] if evaluation["llm"] not in (*judges, name)]
+            one["invalid"] = "no valid sample: " + "; ".join(
+                dict.fromkeys(evaluation["invalid"] for evaluation in drawn)
+            )
+        rest = [
+            evaluation
+            for evaluation in row["evaluations"]
+            if evaluation["llm"] not in (*judges, name)
+        ]
         pooled.append({**row, "evaluations": [one, *rest]})
     return pooled
 
@@ -117,5 +163,7 @@ def score_distribution(evaluation: dict) -> dict[float, float]:
     all on its score; empty if it is invalid."""
     if "distribution" in evaluation:
         return {score: p for score, p in evaluation["distribution"]}
-    valid = [score for score in evaluation.get("samples", [evaluation["score"]]) if score is not None]
+    valid = [
+        score for score in evaluation.get("samples", [evaluation["score"]]) if score is not None
+    ]
     return {score: valid.count(score) / len(valid) for score in sorted(set(valid))}

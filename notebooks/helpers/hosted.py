@@ -14,9 +14,14 @@ from typing import Any
 _root = logging.getLogger()
 _handlers, _level = _root.handlers[:], _root.level
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # that it is unmaintained is why it is wrapped here
+    warnings.simplefilter(
+        "ignore", DeprecationWarning
+    )  # that it is unmaintained is why it is wrapped here
     from llama_index.finetuning import OpenAIFinetuneEngine
-_root.handlers[:], _ = _handlers, _root.setLevel(_level)  # it sets two handlers that print every request
+_root.handlers[:], _ = (
+    _handlers,
+    _root.setLevel(_level),
+)  # it sets two handlers that print every request
 
 from llama_index.core.llms import LLM
 
@@ -27,8 +32,10 @@ from .settings import RunStopped, name_of, number, served_like, terminal
 from .snapshots import CallLog, load_rows, write_text
 
 ENDED = ("succeeded", "failed", "cancelled")
-CLOSED = ("OpenAI takes no new fine-tuning jobs after 2027-01-06, and since 2026-05-07 none from accounts that had none before. To train on "
-          "the same file on your own machine, use LocalFinetuneEngine and unset STUDENT_MODEL.")
+CLOSED = (
+    "OpenAI takes no new fine-tuning jobs after 2027-01-06, and since 2026-05-07 none from accounts that had none before. To train on "
+    "the same file on your own machine, use LocalFinetuneEngine and unset STUDENT_MODEL."
+)
 
 
 class FinetuningFailed(RunStopped):
@@ -57,22 +64,49 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
         FinetuningFailed: there is no such job.
     """
 
-    def __init__(self, base_model: str, data_path: str | Path, *, validation_path: str | Path | None = None, suffix: str | None = None,
-                 seed: int | None = None, hyperparameters: dict | None = None, start_job_id: str | None = None) -> None:
+    def __init__(
+        self,
+        base_model: str,
+        data_path: str | Path,
+        *,
+        validation_path: str | Path | None = None,
+        suffix: str | None = None,
+        seed: int | None = None,
+        hyperparameters: dict | None = None,
+        start_job_id: str | None = None,
+    ) -> None:
         # Not the original's, which makes a client that knows of no base URL.
-        self.base_model, self.data_path, self.validation_path = name_of(base_model), data_path, validation_path
+        self.base_model, self.data_path, self.validation_path = (
+            name_of(base_model),
+            data_path,
+            validation_path,
+        )
         self._model = base_model
-        method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else None
-        self._extras = {name: value for name, value in (("suffix", suffix), ("seed", seed), ("method", method)) if value is not None}
+        method = (
+            {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+            if hyperparameters
+            else None
+        )
+        self._extras = {
+            name: value
+            for name, value in (("suffix", suffix), ("seed", seed), ("method", method))
+            if value is not None
+        }
         self._client = openai_client(base_model)
         self._start_job = None
         if start_job_id:
             try:
-                self._start_job = ask_and_block(lambda: self._client.fine_tuning.jobs.retrieve(start_job_id))
+                self._start_job = ask_and_block(
+                    lambda: self._client.fine_tuning.jobs.retrieve(start_job_id)
+                )
             except (RunStopped, CallFailed) as error:
                 if error.status != 404:
-                    raise RunStopped(f"fine-tuning job {start_job_id} cannot be seen: {error} Run again to go on.") from error.__cause__
-                raise UnknownJob(f"fine-tuning job {start_job_id} is not known to this account: {error}") from error.__cause__
+                    raise RunStopped(
+                        f"fine-tuning job {start_job_id} cannot be seen: {error} Run again to go on."
+                    ) from error.__cause__
+                raise UnknownJob(
+                    f"fine-tuning job {start_job_id} is not known to this account: {error}"
+                ) from error.__cause__
 
     def finetune(self) -> None:
         """Check and upload the files, and start the job.
@@ -85,7 +119,10 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
 
     def upload(self) -> dict[str, str]:
         """Check and upload the files: {"training_file": id, and perhaps "validation_file": id}."""
-        paths = {"training_file": self.data_path, **({"validation_file": self.validation_path} if self.validation_path else {})}
+        paths = {
+            "training_file": self.data_path,
+            **({"validation_file": self.validation_path} if self.validation_path else {}),
+        }
         for path in paths.values():
             check_events(path)
         return {name: self._upload(Path(path)) for name, path in paths.items()}
@@ -95,25 +132,43 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
 
         def create():
             # After a broken connection, or a killed run, the job may be there all the same: it has our file.
-            if attempts and (job := next((job for job in self._client.fine_tuning.jobs.list(limit=20)
-                                          if job.training_file == files["training_file"]), None)):
+            if attempts and (
+                job := next(
+                    (
+                        job
+                        for job in self._client.fine_tuning.jobs.list(limit=20)
+                        if job.training_file == files["training_file"]
+                    ),
+                    None,
+                )
+            ):
                 return job
             attempts.append(1)
-            return self._client.fine_tuning.jobs.create(model=self.base_model, **files, **self._extras)
+            return self._client.fine_tuning.jobs.create(
+                model=self.base_model, **files, **self._extras
+            )
 
         attempts = [0] if perhaps_started else []
         self._start_job = self._or_refused(create)
-        print(f"fine-tuning job {self._start_job.id} of {self.base_model}: started", file=terminal(), flush=True)
+        print(
+            f"fine-tuning job {self._start_job.id} of {self.base_model}: started",
+            file=terminal(),
+            flush=True,
+        )
 
     def _upload(self, path: Path) -> str:
         content = path.read_bytes()
-        file = self._or_refused(lambda: self._client.files.create(file=(path.name, content), purpose="fine-tune"))
+        file = self._or_refused(
+            lambda: self._client.files.create(file=(path.name, content), purpose="fine-tune")
+        )
         end = time.monotonic() + 600
         while file.status not in ("processed", "error") and time.monotonic() < end:
             time.sleep(number("POLL_SECONDS"))
             file = self._or_refused(lambda: self._client.files.retrieve(file.id))
         if file.status == "error":
-            raise FinetuningFailed(f"{path}: the service cannot read it: {getattr(file, 'status_details', None) or 'no reason given'}")
+            raise FinetuningFailed(
+                f"{path}: the service cannot read it: {getattr(file, 'status_details', None) or 'no reason given'}"
+            )
         return file.id
 
     def _or_refused(self, call) -> Any:
@@ -121,8 +176,12 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
             return ask_and_block(call)
         except (RunStopped, CallFailed) as error:
             if error.status in (400, 403, 404):
-                raise FinetuningFailed(f"fine-tuning {self.base_model!r}: {error} {CLOSED}") from error.__cause__
-            raise RunStopped(f"fine-tuning {self.base_model!r}: {error} Run again to go on.") from error.__cause__
+                raise FinetuningFailed(
+                    f"fine-tuning {self.base_model!r}: {error} {CLOSED}"
+                ) from error.__cause__
+            raise RunStopped(
+                f"fine-tuning {self.base_model!r}: {error} Run again to go on."
+            ) from error.__cause__
 
     def get_current_job(self) -> Any:
         """The job as it stands now."""
@@ -150,8 +209,10 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
                 print(f"fine-tuning job {job.id}: {(said := now)}", file=terminal(), flush=True)
             if job.status not in ENDED:
                 if time.monotonic() > end:
-                    raise RunStopped(f"fine-tuning job {job.id} is {job.status!r} after {hours:g} hours (FINETUNING_HOURS). It goes on; run "
-                                     "again to wait for it.")
+                    raise RunStopped(
+                        f"fine-tuning job {job.id} is {job.status!r} after {hours:g} hours (FINETUNING_HOURS). It goes on; run "
+                        "again to wait for it."
+                    )
                 time.sleep(number("POLL_SECONDS"))
         print(f"fine-tuning job {job.id}: {job.status}", file=terminal(), flush=True)
         if job.status != "succeeded":
@@ -176,7 +237,9 @@ class HostedFinetuneEngine(OpenAIFinetuneEngine):
 def _failure(job) -> FinetuningFailed:
     error = job.error
     reason = f"{error.message} ({error.code})" if error and error.message else "no reason given"
-    return FinetuningFailed(f"fine-tuning job {job.id} {'was cancelled' if job.status == 'cancelled' else 'failed'}: {redact(reason)}")
+    return FinetuningFailed(
+        f"fine-tuning job {job.id} {'was cancelled' if job.status == 'cancelled' else 'failed'}: {redact(reason)}"
+    )
 
 
 def finetune_or_pick_up(model: str, data_path: str | Path, log: CallLog, settings: dict) -> dict:
@@ -190,20 +253,46 @@ def finetune_or_pick_up(model: str, data_path: str | Path, log: CallLog, setting
 
     def note_job(running) -> dict:
         ended_badly, trained = running.status in ENDED[1:], running.trained_tokens
-        return note(id=running.id, status=running.status, fine_tuned_model=running.fine_tuned_model, trained_tokens=trained,
-                    tokens=trained or (0 if ended_badly else estimate))
+        return note(
+            id=running.id,
+            status=running.status,
+            fine_tuned_model=running.fine_tuned_model,
+            trained_tokens=trained,
+            tokens=trained or (0 if ended_badly else estimate),
+        )
 
     path, job = job_path(log), noted_job(log)
-    settings = {**settings, "hyperparameters": {"n_epochs": EPOCHS, **(settings.get("hyperparameters") or {})}}
-    wanted = {"base_model": name_of(model), "training_file_sha256": hashlib.sha256(Path(data_path).read_bytes()).hexdigest(),
-              "settings": {name: str(value) for name, value in settings.items()}}
+    settings = {
+        **settings,
+        "hyperparameters": {"n_epochs": EPOCHS, **(settings.get("hyperparameters") or {})},
+    }
+    wanted = {
+        "base_model": name_of(model),
+        "training_file_sha256": hashlib.sha256(Path(data_path).read_bytes()).hexdigest(),
+        "settings": {name: str(value) for name, value in settings.items()},
+    }
     epochs = settings["hyperparameters"]["n_epochs"]
-    estimate = sum(count_tokens(load_rows(data_path))) * (epochs if isinstance(epochs, int) else EPOCHS)
+    estimate = sum(count_tokens(load_rows(data_path))) * (
+        epochs if isinstance(epochs, int) else EPOCHS
+    )
     earlier = job.get("earlier", [])
-    if job and (any(job[name] != value for name, value in wanted.items()) or job["status"] in ENDED[1:]):
-        why = f"was {job['status']}" if job["status"] in ENDED[1:] else "is of another model, file or setting"
-        print(f"the fine-tuning job noted in {path.name} {why}: a new one is started", file=terminal(), flush=True)
-        earlier = [*earlier, {"base_model": job["base_model"], "tokens": job["tokens"], "id": job.get("id")}]
+    if job and (
+        any(job[name] != value for name, value in wanted.items()) or job["status"] in ENDED[1:]
+    ):
+        why = (
+            f"was {job['status']}"
+            if job["status"] in ENDED[1:]
+            else "is of another model, file or setting"
+        )
+        print(
+            f"the fine-tuning job noted in {path.name} {why}: a new one is started",
+            file=terminal(),
+            flush=True,
+        )
+        earlier = [
+            *earlier,
+            {"base_model": job["base_model"], "tokens": job["tokens"], "id": job.get("id")},
+        ]
         job = {}
     if job.get("fine_tuned_model"):
         return job

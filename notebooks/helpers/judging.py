@@ -2,7 +2,12 @@
 
 import copy
 
-from llama_index.core.evaluation import BaseEvaluator, CorrectnessEvaluator, EvaluationResult, PairwiseComparisonEvaluator
+from llama_index.core.evaluation import (
+    BaseEvaluator,
+    CorrectnessEvaluator,
+    EvaluationResult,
+    PairwiseComparisonEvaluator,
+)
 
 from .calls import FINISH, NotAnswered, run_stage
 from .grading import SingleGradingEvaluator
@@ -30,7 +35,9 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
     return SCORES[flipped], "flipped"
 
 
-async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int | None = None) -> list[dict]:
+async def judge_rows(
+    rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int | None = None
+) -> list[dict]:
     """Judge every row, and return the rows with one more evaluation each, in the same order.
 
     An evaluation is {"llm": name, "score", "text"}, and for single grading "acceptable"; `text` is the judge's whole reply. A
@@ -52,45 +59,87 @@ async def judge_rows(rows: list[dict], evaluator: BaseEvaluator, *, name: str, c
         TypeError: an evaluator of another kind.
         ValueError: a row lacks a field; the message says which row and field.
     """
-    kinds = {CorrectnessEvaluator: (_check_correctness, _judge_correctness), PairwiseComparisonEvaluator: (_check_pair, _judge_pair),
-             SingleGradingEvaluator: (_check_graded, _judge_graded)}
-    check, judge = next((kinds[kind] for kind in kinds if isinstance(evaluator, kind)), (None, None))
+    kinds = {
+        CorrectnessEvaluator: (_check_correctness, _judge_correctness),
+        PairwiseComparisonEvaluator: (_check_pair, _judge_pair),
+        SingleGradingEvaluator: (_check_graded, _judge_graded),
+    }
+    check, judge = next(
+        (kinds[kind] for kind in kinds if isinstance(evaluator, kind)), (None, None)
+    )
     if judge is None:
-        raise TypeError(f"judge_rows knows {', '.join(kind.__name__ for kind in kinds)}, not {type(evaluator).__name__}")
+        raise TypeError(
+            f"judge_rows knows {', '.join(kind.__name__ for kind in kinds)}, not {type(evaluator).__name__}"
+        )
     for number, row in enumerate(rows):
         check(row, number)
     evaluator = copy.copy(evaluator)
-    evaluations = await run_stage(f"judge: {name}", [judge(evaluator, row, name) for row in rows], concurrency)
-    return [{**row, "evaluations": [old for old in row.get("evaluations", []) if old["llm"] != name] + [new]}
-            for row, new in zip(rows, evaluations)]
+    evaluations = await run_stage(
+        f"judge: {name}", [judge(evaluator, row, name) for row in rows], concurrency
+    )
+    return [
+        {
+            **row,
+            "evaluations": [old for old in row.get("evaluations", []) if old["llm"] != name]
+            + [new],
+        }
+        for row, new in zip(rows, evaluations)
+    ]
 
 
 async def _judge_correctness(evaluator: CorrectnessEvaluator, row: dict, name: str) -> dict:
     evaluator.parser_function = lambda reply: (read_score(reply)[0], reply)
     try:
         result: EvaluationResult = await evaluator.aevaluate(
-            query=row["question"], response=row["response_data"]["text"], reference=row["reference"])
+            query=row["question"], response=row["response_data"]["text"], reference=row["reference"]
+        )
     except CallFailed as error:
         return {"llm": name, "score": None, "text": None, "invalid": f"the call failed: {error}"}
-    score, reason = (None, reason) if (reason := cut_off(FINISH.get())) else read_score(result.feedback)
-    return {"llm": name, "score": score, "text": result.feedback, **({"invalid": reason} if reason else {})}
+    score, reason = (
+        (None, reason) if (reason := cut_off(FINISH.get())) else read_score(result.feedback)
+    )
+    return {
+        "llm": name,
+        "score": score,
+        "text": result.feedback,
+        **({"invalid": reason} if reason else {}),
+    }
 
 
 async def _judge_graded(evaluator: SingleGradingEvaluator, row: dict, name: str) -> dict:
     try:
-        return {"llm": name, **await evaluator.grade(row["question"], row["response_data"]["context"], row["response_data"]["text"])}
+        return {
+            "llm": name,
+            **await evaluator.grade(
+                row["question"], row["response_data"]["context"], row["response_data"]["text"]
+            ),
+        }
     except CallFailed as error:
-        return {"llm": name, "score": None, "acceptable": None, "text": None, "invalid": f"the call failed: {error}"}
+        return {
+            "llm": name,
+            "score": None,
+            "acceptable": None,
+            "text": None,
+            "invalid": f"the call failed: {error}",
+        }
 
 
 async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: str) -> dict:
-    evaluator._enforce_consensus = False  # an order at a time: so each order's verdict is kept, and the second is always asked
-    evaluator._parser_function = lambda reply: (None, 0.5, "")  # the reply comes back as it is, to be read here
+    evaluator._enforce_consensus = (
+        False  # an order at a time: so each order's verdict is kept, and the second is always asked
+    )
+    evaluator._parser_function = lambda reply: (
+        None,
+        0.5,
+        "",
+    )  # the reply comes back as it is, to be read here
     first, second = (answer["text"] for answer in row["answers"])
     replies, reasons, waiting = [], [], None
     for order, (one, other) in (("original", (first, second)), ("flipped", (second, first))):
         try:
-            result = await evaluator.aevaluate(query=row["question"], response=one, second_response=other, reference=row["source"])
+            result = await evaluator.aevaluate(
+                query=row["question"], response=one, second_response=other, reference=row["source"]
+            )
             replies.append(result.feedback)
             reasons.append(cut_off(FINISH.get()) or read_verdict(result.feedback)[1])
         except CallFailed as error:
@@ -100,24 +149,49 @@ async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict, name: s
             waiting = error
     if waiting:
         raise waiting
-    verdicts = [None if reason else read_verdict(reply)[0] for reply, reason in zip(replies, reasons)]
+    verdicts = [
+        None if reason else read_verdict(reply)[0] for reply, reason in zip(replies, reasons)
+    ]
     if None in verdicts:
-        invalid = "; ".join(f"{order}: {reason}" for order, reason in zip(("original", "flipped"), reasons) if reason)
-        return {"llm": name, "score": None, "text": replies[0], "source": None, "verdicts": verdicts, "invalid": invalid}
+        invalid = "; ".join(
+            f"{order}: {reason}"
+            for order, reason in zip(("original", "flipped"), reasons)
+            if reason
+        )
+        return {
+            "llm": name,
+            "score": None,
+            "text": replies[0],
+            "source": None,
+            "verdicts": verdicts,
+            "invalid": invalid,
+        }
     score, source = resolve_orders(*verdicts)
-    return {"llm": name, "score": score, "text": replies[source == "flipped"], "source": source, "verdicts": verdicts}
+    return {
+        "llm": name,
+        "score": score,
+        "text": replies[source == "flipped"],
+        "source": source,
+        "verdicts": verdicts,
+    }
 
 
 def _check_correctness(row: dict, number: int) -> None:
     answer = row.get("response_data")
-    _check_texts(number, {"question": row.get("question"), "reference": row.get("reference")},
-                 {"response_data.text": answer.get("text") if isinstance(answer, dict) else None})
+    _check_texts(
+        number,
+        {"question": row.get("question"), "reference": row.get("reference")},
+        {"response_data.text": answer.get("text") if isinstance(answer, dict) else None},
+    )
 
 
 def _check_graded(row: dict, number: int) -> None:
     answer = row.get("response_data") if isinstance(row.get("response_data"), dict) else {}
-    _check_texts(number, {"question": row.get("question"), "response_data.context": answer.get("context")},
-                 {"response_data.text": answer.get("text")})
+    _check_texts(
+        number,
+        {"question": row.get("question"), "response_data.context": answer.get("context")},
+        {"response_data.text": answer.get("text")},
+    )
 
 
 def _check_pair(row: dict, number: int) -> None:
@@ -125,7 +199,10 @@ def _check_pair(row: dict, number: int) -> None:
     if not isinstance(answers, list) or len(answers) != 2:
         found = len(answers) if isinstance(answers, list) else repr(answers)
         raise ValueError(f"row {number}: answers must be two, found {found}")
-    texts = {f"answers[{i}].text": answer.get("text") if isinstance(answer, dict) else None for i, answer in enumerate(answers)}
+    texts = {
+        f"answers[{i}].text": answer.get("text") if isinstance(answer, dict) else None
+        for i, answer in enumerate(answers)
+    }
     _check_texts(number, {"question": row.get("question")}, {"source": row.get("source"), **texts})
 
 

@@ -19,8 +19,10 @@ def evaluation_of(row: dict, number: int, judge: str) -> dict:
     """
     given = [evaluation for evaluation in row.get("evaluations", []) if evaluation["llm"] == judge]
     if len(given) != 1:
-        raise KeyError(f"row {number} has {len(given)} judgements by {judge!r}, expected one; it has "
-                       f"{[evaluation['llm'] for evaluation in row.get('evaluations', [])]}")
+        raise KeyError(
+            f"row {number} has {len(given)} judgements by {judge!r}, expected one; it has "
+            f"{[evaluation['llm'] for evaluation in row.get('evaluations', [])]}"
+        )
     return given[0]
 
 
@@ -30,7 +32,9 @@ def scores_of(rows: list[dict], judge: str) -> np.ndarray:
     Raises:
         KeyError: a row has no judgement by that judge, or more than one.
     """
-    return np.array([evaluation_of(row, number, judge)["score"] for number, row in enumerate(rows)], dtype=float)
+    return np.array(
+        [evaluation_of(row, number, judge)["score"] for number, row in enumerate(rows)], dtype=float
+    )
 
 
 def agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
@@ -46,7 +50,15 @@ def agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     x, y = teacher[both], student[both]
     if not len(x):
         return np.array([np.nan, np.nan, np.nan, np.nan, coverage])
-    return np.array([_pearson(x, y), _pearson(_ranks(x), _ranks(y)), quadratic_kappa(x, y), np.abs(x - y).mean(), coverage])
+    return np.array(
+        [
+            _pearson(x, y),
+            _pearson(_ranks(x), _ranks(y)),
+            quadratic_kappa(x, y),
+            np.abs(x - y).mean(),
+            coverage,
+        ]
+    )
 
 
 def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
@@ -98,7 +110,9 @@ def interval(rows: list[dict], statistic) -> tuple[np.ndarray, np.ndarray]:
     shape = np.shape(statistic(every))
     if len(clusters) < 2:
         return np.full(shape, np.nan), np.full(shape, np.nan)
-    low, high = _bootstrap(len(clusters), lambda draw: statistic(np.concatenate([clusters[i] for i in draw])), shape)
+    low, high = _bootstrap(
+        len(clusters), lambda draw: statistic(np.concatenate([clusters[i] for i in draw])), shape
+    )
     if len(clusters) < len(rows):
         low_of_rows, high_of_rows = _bootstrap(len(rows), statistic, shape)
         low, high = np.fmin(low, low_of_rows), np.fmax(high, high_of_rows)
@@ -114,12 +128,24 @@ def _bootstrap(count: int, statistic, shape: tuple) -> np.ndarray:
         return np.moveaxis(np.array([statistic(draw) for draw in draws]), 0, -1)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # scipy's word on a figure that is undefined: NaN here
-        figures = bootstrap((np.arange(count),), of_draws, n_resamples=RESAMPLES, vectorized=True, method="percentile",
-                            rng=np.random.default_rng(0)).bootstrap_distribution
+        warnings.simplefilter(
+            "ignore", DegenerateDataWarning
+        )  # scipy's word on a figure that is undefined: NaN here
+        figures = bootstrap(
+            (np.arange(count),),
+            of_draws,
+            n_resamples=RESAMPLES,
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).bootstrap_distribution
     # A draw in which a figure is undefined says nothing of it and is left out.
-    ends = [np.quantile(draws[~np.isnan(draws)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if not np.isnan(draws).all()
-            else [np.nan, np.nan] for draws in figures.reshape(-1, RESAMPLES)]
+    ends = [
+        np.quantile(draws[~np.isnan(draws)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        if not np.isnan(draws).all()
+        else [np.nan, np.nan]
+        for draws in figures.reshape(-1, RESAMPLES)
+    ]
     return np.array(ends).T.reshape(2, *shape)
 
 
@@ -130,11 +156,25 @@ def measured(rows: list[dict], names: tuple, statistic) -> dict:
         statistic: of an array of row numbers; returns a figure a name.
     """
     figures, (low, high) = statistic(np.arange(len(rows))), interval(rows, statistic)
-    return {**dict(zip(names, figures)),
-            **{f"{name}_{end}": float(value[i]) for i, name in enumerate(names) for end, value in (("low", low), ("high", high))}}
+    return {
+        **dict(zip(names, figures)),
+        **{
+            f"{name}_{end}": float(value[i])
+            for i, name in enumerate(names)
+            for end, value in (("low", low), ("high", high))
+        },
+    }
 
 
-def paired(rows: list[dict], names: tuple, figures, student: str, ours: np.ndarray, other: str, theirs: np.ndarray) -> pd.DataFrame:
+def paired(
+    rows: list[dict],
+    names: tuple,
+    figures,
+    student: str,
+    ours: np.ndarray,
+    other: str,
+    theirs: np.ndarray,
+) -> pd.DataFrame:
     """Two judges' figures on the same rows, compared.
 
     Args:
@@ -164,14 +204,30 @@ def paired(rows: list[dict], names: tuple, figures, student: str, ours: np.ndarr
     def p_value(k: int) -> float:
         if len(clusters) < 2 or np.isnan(observed[k]):
             return np.nan
-        return permutation_test(sides, lambda a, b: exchanged((a > b).tobytes())[k], permutation_type="samples", vectorized=False,
-                                n_resamples=RESAMPLES, rng=np.random.default_rng(0)).pvalue
+        return permutation_test(
+            sides,
+            lambda a, b: exchanged((a > b).tobytes())[k],
+            permutation_type="samples",
+            vectorized=False,
+            n_resamples=RESAMPLES,
+            rng=np.random.default_rng(0),
+        ).pvalue
 
     # Sample i is the pair (0, 1) of document i: permuting within samples is exchanging the two judges there.
     sides, observed = (np.zeros(len(clusters)), np.ones(len(clusters))), difference(ours, theirs)
     low, high = interval(rows, lambda at: difference(ours, theirs, at))
-    return pd.DataFrame({student: figures(ours, every), other: figures(theirs, every), "difference": observed, "low": low, "high": high,
-                         "p": [p_value(k) for k in range(len(names))], "n": len(rows)}, index=pd.Index(names, name="figure"))
+    return pd.DataFrame(
+        {
+            student: figures(ours, every),
+            other: figures(theirs, every),
+            "difference": observed,
+            "low": low,
+            "high": high,
+            "p": [p_value(k) for k in range(len(names))],
+            "n": len(rows),
+        },
+        index=pd.Index(names, name="figure"),
+    )
 
 
 def correctness_report(rows: list[dict], teacher: str, students: list[str]) -> pd.DataFrame:
@@ -188,8 +244,10 @@ def correctness_report(rows: list[dict], teacher: str, students: list[str]) -> p
     report = {}
     for student in students:
         given = scores_of(rows, student)
-        report[student] = {"n": int((~np.isnan(truth) & ~np.isnan(given)).sum()),
-                           **measured(rows, METRICS, lambda at: agreement(truth[at], given[at]))}
+        report[student] = {
+            "n": int((~np.isnan(truth) & ~np.isnan(given)).sum()),
+            **measured(rows, METRICS, lambda at: agreement(truth[at], given[at])),
+        }
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
@@ -209,6 +267,14 @@ def compare_students(rows: list[dict], teacher: str, student: str, other: str) -
     rows, truth = [row for row, keep in zip(rows, valid) if keep], truth[valid]
 
     def figures(given: np.ndarray, at: np.ndarray) -> np.ndarray:
-        return np.array([_pearson(truth[at], given), quadratic_kappa(truth[at], given), np.abs(truth[at] - given).mean()])
+        return np.array(
+            [
+                _pearson(truth[at], given),
+                quadratic_kappa(truth[at], given),
+                np.abs(truth[at] - given).mean(),
+            ]
+        )
 
-    return paired(rows, ("correlation", "kappa", "mae"), figures, student, ours[valid], other, theirs[valid])
+    return paired(
+        rows, ("correlation", "kappa", "mae"), figures, student, ours[valid], other, theirs[valid]
+    )

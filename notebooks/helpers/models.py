@@ -17,7 +17,9 @@ from tenacity.wait import wait_exponential_jitter
 from .settings import KEYS, LOCAL, ROLES, STAND_IN, RunStopped, base_url, id_of, name_of, setting
 
 ATTEMPTS = 6
-FIRST_WAIT = 0.5  # seconds; doubled each time: in all at least 15, enough for a server that restarts
+FIRST_WAIT = (
+    0.5  # seconds; doubled each time: in all at least 15, enough for a server that restarts
+)
 LONGEST_WAIT = 600.0  # a provider that asks for more is not waited for
 TIMEOUT = 120.0  # seconds, of a call
 TEMPERATURE = 0.1  # of a call that names none, as in LlamaIndex
@@ -25,8 +27,15 @@ MAX_TOKENS = 1024  # of a reply
 THINKING_TOKENS = 4096  # besides, of a model that reasons before it replies
 # OpenAI's models that reason: o-series, and GPT-5 and later but for those named chat. They refuse `max_tokens` and a temperature.
 REASONING = re.compile(r"(?:[\w-]+/)?(?:ft:)?(?:o\d|gpt-(?:[5-9]|\d\d))(?!.*-chat)")
-LISTS_NONE = (400, 404, 405, 501)  # what an endpoint that does not list its models says when it is asked for one
-KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)")  # the latter: a password in a URL
+LISTS_NONE = (
+    400,
+    404,
+    405,
+    501,
+)  # what an endpoint that does not list its models says when it is asked for one
+KEY_LIKE = re.compile(
+    r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)"
+)  # the latter: a password in a URL
 
 
 class CallFailed(RuntimeError):
@@ -38,12 +47,16 @@ class CallFailed(RuntimeError):
 def access(model: str) -> tuple[str | None, str]:
     """(base URL or None for the provider's own, key) of a hosted model."""
     if model.startswith(STAND_IN):
-        raise RunStopped(f"{model!r} is the name of recorded calls, not of a model: set {', '.join(list(ROLES.values())[:3])} (README.md, "
-                         "'Going live')")
+        raise RunStopped(
+            f"{model!r} is the name of recorded calls, not of a model: set {', '.join(list(ROLES.values())[:3])} (README.md, "
+            "'Going live')"
+        )
     own = model.partition("@")[2]
     if "@" in (own or base_url() or ""):
-        raise RunStopped(f"{id_of(model)!r}: its endpoint's URL holds a password, which would be shown; give it as "
-                         f"{'ENDPOINT_API_KEY' if own else 'OPENAI_API_KEY'} instead")
+        raise RunStopped(
+            f"{id_of(model)!r}: its endpoint's URL holds a password, which would be shown; give it as "
+            f"{'ENDPOINT_API_KEY' if own else 'OPENAI_API_KEY'} instead"
+        )
     if model.startswith("hf:"):
         return own or None, _key("HF_TOKEN", "HUGGING_FACE_TOKEN", model=model)
     if own:  # not OpenAI's key, which is no business of another host; a server that wants none gets "none", for the client must send one
@@ -61,7 +74,10 @@ def request_settings(model: str, params: dict) -> dict:
     cap on the reply."""
     if REASONING.match(name_of(model)):
         refused = ("temperature", "top_p", "logprobs", "top_logprobs", "max_tokens")
-        return {**{name: value for name, value in params.items() if name not in refused}, "max_completion_tokens": reply_cap(model)}
+        return {
+            **{name: value for name, value in params.items() if name not in refused},
+            "max_completion_tokens": reply_cap(model),
+        }
     return {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS, **params}
 
 
@@ -72,7 +88,9 @@ def openai_client(model: str):
         RunStopped: the model is not behind OpenAI's API.
     """
     if model.startswith(("hf:", "local:")):
-        raise RunStopped(f"{id_of(model)!r}: this needs a model behind OpenAI's API, or one compatible with it (an id, or id@url)")
+        raise RunStopped(
+            f"{id_of(model)!r}: this needs a model behind OpenAI's API, or one compatible with it (an id, or id@url)"
+        )
     return _client(*access(model))
 
 
@@ -88,12 +106,21 @@ def live(model: str) -> Callable[[], LLM]:
 
     def make() -> LLM:
         if model.startswith("local:"):
-            return _local_class()(model_name=name_of(model), tokenizer_name=name_of(model), max_new_tokens=MAX_TOKENS)
+            return _local_class()(
+                model_name=name_of(model), tokenizer_name=name_of(model), max_new_tokens=MAX_TOKENS
+            )
         if model.startswith("hf:"):
             url, token = access(model)
-            return _inference_class()(model_name=url or name_of(model), token=token, num_output=MAX_TOKENS, timeout=TIMEOUT)
+            return _inference_class()(
+                model_name=url or name_of(model),
+                token=token,
+                num_output=MAX_TOKENS,
+                timeout=TIMEOUT,
+            )
         url, key = access(model)
-        return _endpoint_class()(model=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0)
+        return _endpoint_class()(
+            model=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0
+        )
 
     make.model = model
     return make
@@ -105,7 +132,9 @@ def live_embedding(model: str) -> BaseEmbedding:
 
     with openai_client(model) as client:  # raises where there is none
         url, key = str(client.base_url), client.api_key
-    return OpenAIEmbedding(model_name=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0)
+    return OpenAIEmbedding(
+        model_name=name_of(model), api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0
+    )
 
 
 def unreachable(model: str) -> str:
@@ -129,7 +158,11 @@ def unreachable(model: str) -> str:
                 if error.status not in LISTS_NONE:
                     raise
                 known = _listed(client)
-                return f"{redact(str(client.base_url))} does not have it, but {', '.join(known[:8])}" if known and name_of(model) not in known else ""
+                return (
+                    f"{redact(str(client.base_url))} does not have it, but {', '.join(known[:8])}"
+                    if known and name_of(model) not in known
+                    else ""
+                )
     except (RunStopped, CallFailed) as error:
         return str(error)
     return ""
@@ -160,7 +193,12 @@ def _endpoint_class():
 
     async def opened(url: str | None, key: str):
         """Yields a client; it is closed with its event loop, as every generator is. Over aiohttp, which takes half of httpx's time."""
-        async with AsyncOpenAI(base_url=url, api_key=key, http_client=DefaultAioHttpClient(timeout=TIMEOUT), max_retries=0) as client:
+        async with AsyncOpenAI(
+            base_url=url,
+            api_key=key,
+            http_client=DefaultAioHttpClient(timeout=TIMEOUT),
+            max_retries=0,
+        ) as client:
             yield client
 
     class Endpoint(OpenAI):
@@ -178,12 +216,25 @@ def _endpoint_class():
                 self._loop, self._opened = loop, opened(self.api_base, self.api_key)
                 self._aclient = await anext(self._opened)
             # By the client's plain `post`: its typed method walks through every field of request and reply, which doubles what a call costs.
-            body = {"messages": to_openai_message_dicts(messages, model=self.model), **self._get_model_kwargs(**kwargs)}
-            raw = (await self._aclient.post("/chat/completions", cast_to=httpx.Response, body=body)).json()
+            body = {
+                "messages": to_openai_message_dicts(messages, model=self.model),
+                **self._get_model_kwargs(**kwargs),
+            }
+            raw = (
+                await self._aclient.post("/chat/completions", cast_to=httpx.Response, body=body)
+            ).json()
             choice = raw["choices"][0]
             places = (choice.get("logprobs") or {}).get("content") or []
-            logprobs = [[LogProb(token=one["token"], logprob=one["logprob"]) for one in place["top_logprobs"]] for place in places]
-            message = ChatMessage(role=MessageRole.ASSISTANT, content=choice["message"].get("content"))
+            logprobs = [
+                [
+                    LogProb(token=one["token"], logprob=one["logprob"])
+                    for one in place["top_logprobs"]
+                ]
+                for place in places
+            ]
+            message = ChatMessage(
+                role=MessageRole.ASSISTANT, content=choice["message"].get("content")
+            )
             return ChatResponse(message=message, raw=raw, logprobs=logprobs or None)
 
         def _get_model_kwargs(self, **kwargs: Any) -> dict:
@@ -200,7 +251,11 @@ def _local_class():
 
         def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
             if (temperature := kwargs.get("temperature")) is not None:
-                self.generate_kwargs = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+                self.generate_kwargs = (
+                    {"do_sample": True, "temperature": temperature}
+                    if temperature > 0
+                    else {"do_sample": False}
+                )
             return super().complete(prompt, formatted=formatted, **kwargs)
 
     return Local
@@ -217,7 +272,10 @@ def _inference_class():
 
         async def achat(self, messages: Any, **kwargs: Any) -> Any:
             if self._loop is not (loop := asyncio.get_running_loop()):
-                self._loop, self._async_client = loop, AsyncInferenceClient(**self._get_inference_client_kwargs())
+                self._loop, self._async_client = (
+                    loop,
+                    AsyncInferenceClient(**self._get_inference_client_kwargs()),
+                )
             return await super().achat(messages, **kwargs)
 
     return Inference
@@ -233,7 +291,9 @@ def redact(text: str) -> str:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status of a client's error, if it has one."""
-    return getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return getattr(error, "status_code", None) or getattr(
+        getattr(error, "response", None), "status_code", None
+    )
 
 
 def is_transient(error: BaseException) -> bool:
@@ -247,17 +307,33 @@ def is_transient(error: BaseException) -> bool:
         return False
     status = status_of(error)
     if status is not None:
-        return status in (408, 409, 429) or status >= 500 and status != 501  # not implemented, and will not be
-    return isinstance(error, (openai.APIConnectionError, httpx.TransportError, httpx2.TransportError, requests.ConnectionError,
-                              requests.Timeout, ConnectionError, TimeoutError))
+        return (
+            status in (408, 409, 429) or status >= 500 and status != 501
+        )  # not implemented, and will not be
+    return isinstance(
+        error,
+        (
+            openai.APIConnectionError,
+            httpx.TransportError,
+            httpx2.TransportError,
+            requests.ConnectionError,
+            requests.Timeout,
+            ConnectionError,
+            TimeoutError,
+        ),
+    )
 
 
 def stops_the_run(error: BaseException) -> str | None:
     """Why no other call would fare better: no valid key, no quota, no such model. None if others may."""
     if getattr(error, "code", None) == "insufficient_quota":
         return "the account has no quota left"
-    return {401: "the key is missing or not valid", 402: "the account has no credit left", 403: "the key may not do this",
-            404: "there is no such model, or no such address"}.get(status_of(error))
+    return {
+        401: "the key is missing or not valid",
+        402: "the account has no credit left",
+        403: "the key may not do this",
+        404: "there is no such model, or no such address",
+    }.get(status_of(error))
 
 
 def retry_after(error: BaseException) -> float | None:
@@ -276,7 +352,11 @@ def retry_after(error: BaseException) -> float | None:
 
 def _wait(state: RetryCallState) -> float:
     asked = retry_after(state.outcome.exception())
-    return asked if asked is not None else wait_exponential_jitter(multiplier=FIRST_WAIT, max=60, jitter=FIRST_WAIT)(state)
+    return (
+        asked
+        if asked is not None
+        else wait_exponential_jitter(multiplier=FIRST_WAIT, max=60, jitter=FIRST_WAIT)(state)
+    )
 
 
 def _again(error: BaseException) -> bool:
@@ -285,7 +365,12 @@ def _again(error: BaseException) -> bool:
 
 def retry_policy() -> dict:
     """For tenacity: what to try again, how often, and when."""
-    return {"retry": retry_if_exception(_again), "wait": _wait, "stop": stop_after_attempt(ATTEMPTS), "reraise": True}
+    return {
+        "retry": retry_if_exception(_again),
+        "wait": _wait,
+        "stop": stop_after_attempt(ATTEMPTS),
+        "reraise": True,
+    }
 
 
 @contextmanager
@@ -295,7 +380,9 @@ def _told(retrying: AsyncRetrying | Retrying):
         yield
     except RunStopped:
         raise
-    except Exception as error:  # of whatever client: it ends here, told in the row or as the run's end
+    except (
+        Exception
+    ) as error:  # of whatever client: it ends here, told in the row or as the run's end
         raw, attempts = f"{type(error).__name__}: {error}", retrying.statistics["attempt_number"]
         said = redact(raw)
         if why := stops_the_run(error):

@@ -12,11 +12,15 @@ RATES = ("agreement_rate", "correlation", "jaccard", "coverage", "agreement_over
 def _verdicts(row: dict, number: int, judge: str) -> list:
     evaluation = evaluation_of(row, number, judge)
     if "verdicts" not in evaluation:
-        raise KeyError(f"row {number}: the judgement by {judge!r} has no 'verdicts' of both orders (the published rows do not have them)")
+        raise KeyError(
+            f"row {number}: the judgement by {judge!r} has no 'verdicts' of both orders (the published rows do not have them)"
+        )
     return evaluation["verdicts"]
 
 
-def pair_scores(rows: list[dict], judge: str, flipped: str = "corrected") -> tuple[np.ndarray, np.ndarray]:
+def pair_scores(
+    rows: list[dict], judge: str, flipped: str = "corrected"
+) -> tuple[np.ndarray, np.ndarray]:
     """(scores, invalid), each (rows,): 1 the first answer, 0 the second, 0.5 a tie, NaN where the judge reached no verdict.
 
     `flipped="corrected"` turns the score of a verdict from the flipped order, which the rows hold as that order gave it;
@@ -48,20 +52,28 @@ def pair_agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     x, y = teacher[judged], student[judged]
     both = ~np.isnan(y)
     if not both.any():
-        return np.array([np.nan, np.nan, np.nan, *([0.0, 0.0, 0.0] if judged.any() else [np.nan] * 3)])
+        return np.array(
+            [np.nan, np.nan, np.nan, *([0.0, 0.0, 0.0] if judged.any() else [np.nan] * 3)]
+        )
     agreed = (x == y).sum()
     kappa_y = np.where(both, y, -1.0)
-    expected = sum((x == verdict).mean() * (kappa_y == verdict).mean() for verdict in (0.0, 0.5, 1.0))
+    expected = sum(
+        (x == verdict).mean() * (kappa_y == verdict).mean() for verdict in (0.0, 0.5, 1.0)
+    )
     kappa = (agreed / len(x) - expected) / (1 - expected) if expected < 1 else np.nan
     x, y = x[both], y[both]
     spread = x.std() * y.std()
     correlation = np.corrcoef(x, y)[0, 1] if spread > 1e-12 else np.nan
     wanted, given = (np.array([side == verdict for verdict in np.unique(x)]) for side in (x, y))
     jaccard = np.average((wanted & given).sum(1) / (wanted | given).sum(1), weights=wanted.sum(1))
-    return np.array([agreed / len(x), correlation, jaccard, both.mean(), agreed / judged.sum(), kappa])
+    return np.array(
+        [agreed / len(x), correlation, jaccard, both.mean(), agreed / judged.sum(), kappa]
+    )
 
 
-def pairwise_report(rows: list[dict], teacher: str, students: list[str], flipped: str = "corrected") -> pd.DataFrame:
+def pairwise_report(
+    rows: list[dict], teacher: str, students: list[str], flipped: str = "corrected"
+) -> pd.DataFrame:
     """How close each student comes to the teacher on pairs.
 
     Returns:
@@ -76,13 +88,18 @@ def pairwise_report(rows: list[dict], teacher: str, students: list[str], flipped
     for student in students:
         given, invalid = pair_scores(rows, student, flipped)
         report[student] = {
-            "inconclusive": int((np.isnan(given) & ~invalid).sum()), "agreements": int((truth == given).sum()),
+            "inconclusive": int((np.isnan(given) & ~invalid).sum()),
+            "agreements": int((truth == given).sum()),
             "compared": int((~np.isnan(truth) & ~np.isnan(given)).sum()),
-            **measured(rows, RATES, lambda at: pair_agreement(truth[at], given[at])), "invalid": int(invalid.sum())}
+            **measured(rows, RATES, lambda at: pair_agreement(truth[at], given[at])),
+            "invalid": int(invalid.sum()),
+        }
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
-def compare_pair_students(rows: list[dict], teacher: str, student: str, other: str, flipped: str = "corrected") -> pd.Series:
+def compare_pair_students(
+    rows: list[dict], teacher: str, student: str, other: str, flipped: str = "corrected"
+) -> pd.Series:
     """Does `student` agree with the teacher more often than `other`, on all pairs on which the teacher reached a verdict?
 
     No verdict counts as no agreement. Returns how many pairs `both`, `only <student>`, `only <other>` and `neither` got
@@ -91,7 +108,9 @@ def compare_pair_students(rows: list[dict], teacher: str, student: str, other: s
     """
     from scipy.stats import binomtest
 
-    truth, ours, theirs = (pair_scores(rows, judge, flipped)[0] for judge in (teacher, student, other))
+    truth, ours, theirs = (
+        pair_scores(rows, judge, flipped)[0] for judge in (teacher, student, other)
+    )
     decided = np.flatnonzero(~np.isnan(truth))
     right, others = truth == ours, truth == theirs
     only, against = int((right & ~others).sum()), int((others & ~right).sum())
@@ -101,9 +120,18 @@ def compare_pair_students(rows: list[dict], teacher: str, student: str, other: s
         return right[at].mean() - others[at].mean() if len(at) else np.nan
 
     low, high = interval(rows, difference)
-    return pd.Series({"both": int((right & others).sum()), f"only {student}": only, f"only {other}": against,
-                      "neither": len(decided) - int((right | others).sum()), "difference": difference(decided), "low": float(low),
-                      "high": float(high), "p": binomtest(only, only + against).pvalue if only + against else 1.0})
+    return pd.Series(
+        {
+            "both": int((right & others).sum()),
+            f"only {student}": only,
+            f"only {other}": against,
+            "neither": len(decided) - int((right | others).sum()),
+            "difference": difference(decided),
+            "low": float(low),
+            "high": float(high),
+            "p": binomtest(only, only + against).pvalue if only + against else 1.0,
+        }
+    )
 
 
 def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
@@ -118,31 +146,50 @@ def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
         verdicts = [_verdicts(row, number, judge) for number, row in enumerate(rows)]
         read = np.array([None not in pair for pair in verdicts])
         # +1 leans to the first place, -1 to the second, 0 to neither: the two orders' verdicts, as places, add up.
-        lean = np.array([np.sign(sum({"A": 1, "B": -1, "C": 0}[verdict] for verdict in pair)) if ok else 0
-                         for pair, ok in zip(verdicts, read)])
+        lean = np.array(
+            [
+                np.sign(sum({"A": 1, "B": -1, "C": 0}[verdict] for verdict in pair)) if ok else 0
+                for pair, ok in zip(verdicts, read)
+            ]
+        )
 
         def shares(at: np.ndarray) -> np.ndarray:
             signs = lean[at][read[at]]
-            return np.array([(signs == sign).mean() if len(signs) else np.nan for sign in (0, 1, -1)])
+            return np.array(
+                [(signs == sign).mean() if len(signs) else np.nan for sign in (0, 1, -1)]
+            )
 
-        report[judge] = {"pairs": int(read.sum()), **measured(rows, ("consistency", "prefers_first", "prefers_second"), shares)}
+        report[judge] = {
+            "pairs": int(read.sum()),
+            **measured(rows, ("consistency", "prefers_first", "prefers_second"), shares),
+        }
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
 def order_table(rows: list[dict], judge: str) -> pd.DataFrame:
     """How often a judge came to which verdicts in the two orders, 3 x 3, both in terms of the first and second answer."""
-    table = pd.DataFrame(0, index=pd.Index(["first", "tie", "second"], name="original order"),
-                         columns=pd.Index(["first", "tie", "second"], name="flipped order"))
+    table = pd.DataFrame(
+        0,
+        index=pd.Index(["first", "tie", "second"], name="original order"),
+        columns=pd.Index(["first", "tie", "second"], name="flipped order"),
+    )
     for number, row in enumerate(rows):
         original, turned = _verdicts(row, number, judge)
         if original and turned:
-            table.loc[{"A": "first", "B": "second", "C": "tie"}[original], {"A": "second", "B": "first", "C": "tie"}[turned]] += 1
+            table.loc[
+                {"A": "first", "B": "second", "C": "tie"}[original],
+                {"A": "second", "B": "first", "C": "tie"}[turned],
+            ] += 1
     return table
 
 
 def answer_lengths(row: dict) -> list[int]:
     """Words of the two answers; rows without texts (the published verdicts) hold them as `words`."""
-    return row["words"] if "words" in row else [len(answer["text"].split()) for answer in row["answers"]]
+    return (
+        row["words"]
+        if "words" in row
+        else [len(answer["text"].split()) for answer in row["answers"]]
+    )
 
 
 def length_report(rows: list[dict], judges: list[str], flipped: str = "corrected") -> pd.DataFrame:
@@ -158,5 +205,8 @@ def length_report(rows: list[dict], judges: list[str], flipped: str = "corrected
             decided = at[side[at] != 0]
             return np.array([(side[decided] == longer[decided]).mean() if len(decided) else np.nan])
 
-        report[judge] = {"with_winner": int((side != 0).sum()), **measured(rows, ("longer_wins",), share)}
+        report[judge] = {
+            "with_winner": int((side != 0).sum()),
+            **measured(rows, ("longer_wins",), share),
+        }
     return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")

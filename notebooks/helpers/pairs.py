@@ -13,10 +13,16 @@ Pair = tuple[str, str, str, str]  # question, source, first answer, second answe
 
 VERDICTS = "ABC"
 LIKENESSES = 3  # the last features of a pair: those that swapping the answers leaves as they are
-HEDGE = re.compile(r"\b(?:unknown|unclear|cannot|sorry|no information|(?:not|n't) (?:mention|provide|specif|clear|stated)\w*)\b", re.I)
-PROMPT = re.compile(r"\[User Question\]\n(.*?)\n\n\[The Start of Reference\]\n(.*?)\n\[The End of Reference\]\n\n"
-                    r"\[The Start of Assistant A’s Answer\]\n(.*?)\n\[The End of Assistant A’s Answer\]\n\n"
-                    r"\[The Start of Assistant B’s Answer\]\n(.*)\n\[The End of Assistant B’s Answer\]\s*\Z", re.S)
+HEDGE = re.compile(
+    r"\b(?:unknown|unclear|cannot|sorry|no information|(?:not|n't) (?:mention|provide|specif|clear|stated)\w*)\b",
+    re.I,
+)
+PROMPT = re.compile(
+    r"\[User Question\]\n(.*?)\n\n\[The Start of Reference\]\n(.*?)\n\[The End of Reference\]\n\n"
+    r"\[The Start of Assistant A’s Answer\]\n(.*?)\n\[The End of Assistant A’s Answer\]\n\n"
+    r"\[The Start of Assistant B’s Answer\]\n(.*)\n\[The End of Assistant B’s Answer\]\s*\Z",
+    re.S,
+)
 
 
 def read_pair_prompt(messages: list[dict]) -> Pair:
@@ -27,8 +33,10 @@ def read_pair_prompt(messages: list[dict]) -> Pair:
     """
     text = next((message["content"] for message in messages if message["role"] == "user"), "")
     if not (match := PROMPT.search(text)):
-        raise ValueError("a local pairwise judge reads PairwiseComparisonEvaluator's prompt, with question, reference and two "
-                         f"answers; this one begins {text[:80]!r}")
+        raise ValueError(
+            "a local pairwise judge reads PairwiseComparisonEvaluator's prompt, with question, reference and two "
+            f"answers; this one begins {text[:80]!r}"
+        )
     return match.groups()
 
 
@@ -36,13 +44,26 @@ def read_pair_prompt(messages: list[dict]) -> Pair:
 def answer_features(question: str, source: str, answer: str) -> list[float]:
     """What can be counted in one answer: its length, first; what of it the source bears out; how it ends and hedges."""
     asked, known, given = words(question), words(source), words(answer)
-    said, names, numbers = given - asked, _names(answer) - asked, _numbers(answer) - _numbers(question)
+    said, names, numbers = (
+        given - asked,
+        _names(answer) - asked,
+        _numbers(answer) - _numbers(question),
+    )
     length = len(WORD.findall(answer))
-    return [np.log1p(length), float(length <= 5), _share(asked, given),
-            _share(said, known), np.log1p(len(said & known)), np.log1p(len(said - known)),
-            np.log1p(len(names & known)), np.log1p(len(names - known)),
-            np.log1p(len(numbers & _numbers(source))), np.log1p(len(numbers - _numbers(source))),
-            float(answer.rstrip()[-1:] not in tuple('.!?"”')), float(len(HEDGE.findall(answer)))]
+    return [
+        np.log1p(length),
+        float(length <= 5),
+        _share(asked, given),
+        _share(said, known),
+        np.log1p(len(said & known)),
+        np.log1p(len(said - known)),
+        np.log1p(len(names & known)),
+        np.log1p(len(names - known)),
+        np.log1p(len(numbers & _numbers(source))),
+        np.log1p(len(numbers - _numbers(source))),
+        float(answer.rstrip()[-1:] not in tuple('.!?"”')),
+        float(len(HEDGE.findall(answer))),
+    ]
 
 
 def featurize_pairs(pairs: list[Pair], kinds: str) -> np.ndarray:
@@ -57,9 +78,22 @@ def featurize_pairs(pairs: list[Pair], kinds: str) -> np.ndarray:
     for i, vectors in ((2, first), (3, second)):
         counted = np.array([answer_features(pair[0], pair[1], pair[i]) for pair in pairs])
         cosines = np.stack([(vectors * source).sum(1), (vectors * question).sum(1)], axis=1)
-        sides.append({"length": counted[:, :1], "content": counted, "similarity": np.hstack([counted, cosines])}[kinds])
+        sides.append(
+            {
+                "length": counted[:, :1],
+                "content": counted,
+                "similarity": np.hstack([counted, cosines]),
+            }[kinds]
+        )
     difference = sides[0] - sides[1]
-    likeness = np.stack([[overlap(pair[2], pair[3]) for pair in pairs], (first * second).sum(1), np.abs(difference[:, 0])], axis=1)
+    likeness = np.stack(
+        [
+            [overlap(pair[2], pair[3]) for pair in pairs],
+            (first * second).sum(1),
+            np.abs(difference[:, 0]),
+        ],
+        axis=1,
+    )
     return np.hstack([difference, likeness])
 
 
@@ -107,20 +141,26 @@ class PairStudent(Student):
 
     def _logits(self, z: np.ndarray) -> np.ndarray:
         lean = z[:, :-LIKENESSES] @ self.weights[: -LIKENESSES - 1, 0]
-        tie = z[:, -LIKENESSES:] @ self.weights[-LIKENESSES - 1: -1, 2] + self.weights[-1, 2]
+        tie = z[:, -LIKENESSES:] @ self.weights[-LIKENESSES - 1 : -1, 2] + self.weights[-1, 2]
         return np.stack([lean, -lean, tie], axis=1)
 
     def verdicts(self, pairs: list[Pair]) -> list[str]:
         """The likeliest of "A", "B" and "C" for each pair."""
         # Between equal P(A) and P(B) no order may decide: that is a tie.
-        return ["C" if max(a, b) <= c or a == b else "A" if a > b else "B" for a, b, c in self.probabilities(pairs)]
+        return [
+            "C" if max(a, b) <= c or a == b else "A" if a > b else "B"
+            for a, b, c in self.probabilities(pairs)
+        ]
 
     def llm(self, name: str = "local-pair-student") -> "PairJudge":
         """The student as a LlamaIndex LLM, for `PairwiseComparisonEvaluator(llm=...)`."""
 
         def judge(pair: Pair) -> tuple[str, str]:
             a, b, tie = self.probabilities([pair])[0]
-            return self.verdicts([pair])[0], f"Assistant A is the better one with {a:.0%}, Assistant B with {b:.0%}, neither with {tie:.0%}."
+            return (
+                self.verdicts([pair])[0],
+                f"Assistant A is the better one with {a:.0%}, Assistant B with {b:.0%}, neither with {tie:.0%}.",
+            )
 
         return PairJudge(judge, model_name=name)
 
@@ -146,10 +186,15 @@ def untrained_pair_judges() -> dict[str, PairJudge]:
     - `first`: always the one shown first.
     """
     rules: dict[str, Callable[[Pair], str]] = {
-        "base": lambda pair: _more(*(float(np.dot(*embed([pair[1], answer]))) for answer in pair[2:])),
+        "base": lambda pair: _more(
+            *(float(np.dot(*embed([pair[1], answer]))) for answer in pair[2:])
+        ),
         "longer": lambda pair: _more(*(len(answer.split()) for answer in pair[2:])),
         "shorter": lambda pair: _more(*(-len(answer.split()) for answer in pair[2:])),
         "overlap": lambda pair: _more(*(overlap(pair[1], answer) for answer in pair[2:])),
         "first": lambda pair: "A",
     }
-    return {name: PairJudge(lambda pair, rule=rule: (rule(pair), f"By rule: {name}."), model_name=name) for name, rule in rules.items()}
+    return {
+        name: PairJudge(lambda pair, rule=rule: (rule(pair), f"By rule: {name}."), model_name=name)
+        for name, rule in rules.items()
+    }

@@ -38,7 +38,9 @@ def download(url: str | None = None, folder: Path = FOLDER, timeout: float = 60)
         if path.exists():
             found = hashlib.sha256(path.read_bytes()).hexdigest()
             if found != expected:
-                wrong.append(f"{path}: is there, but its SHA-256 is {found[:12]}…, expected {expected[:12]}…; remove it to fetch it anew")
+                wrong.append(
+                    f"{path}: is there, but its SHA-256 is {found[:12]}…, expected {expected[:12]}…; remove it to fetch it anew"
+                )
             continue
         draft = path.with_name(path.name + ".part")
         try:

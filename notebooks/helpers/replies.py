@@ -12,8 +12,11 @@ MARKS = re.compile(r"[*_`#\[\]]")  # markdown around a score says nothing about 
 SCORE_LINE = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*[.:]?$", re.I)
 SCORE_FIRST = re.compile(rf"^(?:{LABEL})?({NUMBER}){OF}\s*(?::\s+|[-–—]\s+(?!\d))\S", re.I)
 # "4-5" and "3 or 4" are no score, and one that would need something is not given.
-LABELLED = re.compile(rf"\b{LABEL}({NUMBER}){OF}(?![.,]?\d)(?!\s*(?:[-–—]|to\b|or\b)\s*\d)"
-                      r"(?!\s+(?:would|could|might|requires?|needs?|is not|isn['’]t)\b)", re.I)
+LABELLED = re.compile(
+    rf"\b{LABEL}({NUMBER}){OF}(?![.,]?\d)(?!\s*(?:[-–—]|to\b|or\b)\s*\d)"
+    r"(?!\s+(?:would|could|might|requires?|needs?|is not|isn['’]t)\b)",
+    re.I,
+)
 
 
 def read_score(reply: str, low: float = 1, high: float = 5) -> tuple[float | None, str | None]:
@@ -34,9 +37,15 @@ def read_score(reply: str, low: float = 1, high: float = 5) -> tuple[float | Non
         return None, "empty reply"
     if not found:
         return None, "no score in the reply"
-    scores = {(_number(score), 100.0 if percent else _number(of) if of else high) for score, of, percent in found}
+    scores = {
+        (_number(score), 100.0 if percent else _number(of) if of else high)
+        for score, of, percent in found
+    }
     if len(scores) > 1:
-        return None, f"more than one score in the reply: {', '.join(sorted(score for score, _, _ in found))}"
+        return (
+            None,
+            f"more than one score in the reply: {', '.join(sorted(score for score, _, _ in found))}",
+        )
     [(score, of)] = scores
     if of != high:
         if low != 0 or of <= 0:
@@ -51,7 +60,9 @@ def _number(text: str) -> float:
     return float(text.replace(",", "."))
 
 
-def read_score_tokens(logprobs: list[list[LogProb]], high: float = 100, least: float = 0.5) -> tuple[dict[float, float], str | None]:
+def read_score_tokens(
+    logprobs: list[list[LogProb]], high: float = 100, least: float = 0.5
+) -> tuple[dict[float, float], str | None]:
     """The distribution over scores that a model's token log-probabilities give, from one call.
 
     The score must be one token, which a whole number up to three digits long is to the tokenizers of OpenAI's models: then the
@@ -68,15 +79,22 @@ def read_score_tokens(logprobs: list[list[LogProb]], high: float = 100, least: f
 
     Source: G-Eval (Liu et al. 2023, arXiv:2303.16634) weighs scores by their tokens' probabilities.
     """
-    likeliest = [max(tokens, key=lambda token: token.logprob).token for tokens in logprobs if tokens]
-    place = next((i for i, token in enumerate(likeliest) if re.fullmatch(NUMBER, token.strip())), None)
+    likeliest = [
+        max(tokens, key=lambda token: token.logprob).token for tokens in logprobs if tokens
+    ]
+    place = next(
+        (i for i, token in enumerate(likeliest) if re.fullmatch(NUMBER, token.strip())), None
+    )
     if place is None:
         return {}, "no log-probabilities of a score"
-    if re.match(r"\d|[.,]\d?$", "".join(likeliest[place + 1: place + 2])):
+    if re.match(r"\d|[.,]\d?$", "".join(likeliest[place + 1 : place + 2])):
         return {}, "the score is spread over several tokens: ask for whole numbers, with scale=100"
     distribution: dict[float, float] = {}
     for token in logprobs[place]:
-        if re.fullmatch(NUMBER, token.token.strip()) and 0 <= (score := _number(token.token)) <= high:
+        if (
+            re.fullmatch(NUMBER, token.token.strip())
+            and 0 <= (score := _number(token.token)) <= high
+        ):
             distribution[score] = distribution.get(score, 0.0) + math.exp(token.logprob)
     seen = sum(distribution.values())
     if seen < least:
@@ -102,18 +120,28 @@ def read_verdict(reply: str) -> tuple[str | None, str | None]:
     lines = [line for line in reply.splitlines() if MARKER.search(line)]
     for line in reversed(lines):
         marks = list(MARKER.finditer(line))
-        before, after = line[: marks[-1].start()], line[marks[-1].end():]
+        before, after = line[: marks[-1].start()], line[marks[-1].end() :]
         if len({mark[1].upper() for mark in marks}) == 1 and not IN_PASSING.search(before):
-            if not re.search(r"\w", after) or LABEL_BEFORE.search(before) and not re.match(r"\W*if\b", after, re.I):
+            if (
+                not re.search(r"\w", after)
+                or LABEL_BEFORE.search(before)
+                and not re.match(r"\W*if\b", after, re.I)
+            ):
                 return marks[-1][1].upper(), None
     if not reply.strip():
         return None, "empty reply"
     marked = {mark.upper() for mark in MARKER.findall(reply)}
     if not marked:
         return None, "no verdict in the reply"
-    return None, "more than one verdict in the reply" if len(marked) > 1 else "a verdict only in passing"
+    return None, "more than one verdict in the reply" if len(
+        marked
+    ) > 1 else "a verdict only in passing"
 
 
 def cut_off(finish_reason: str | None) -> str | None:
     """Why a reply cannot be trusted to be whole; None if it can. Of a score that was cut off, 4.5 may be left as 4."""
-    return f"cut off (finish_reason {finish_reason})" if finish_reason in ("length", "content_filter") else None
+    return (
+        f"cut off (finish_reason {finish_reason})"
+        if finish_reason in ("length", "content_filter")
+        else None
+    )

@@ -14,8 +14,14 @@ STAND_IN = "stand-in-"
 LOCAL = "minilm"
 # name -> (default, what it says). All but the first two may also stand in `.env`, which only a run that records or collects reads.
 SETTINGS = {
-    "JUDGE_MODE": ("replay", "what happens to a call that the log does not hold: replay, record or collect"),
-    "SNAPSHOT": ("", "the folder in data/ to read from and record to; unset, the bundled snapshot is replayed, and recordings go to data/recorded"),
+    "JUDGE_MODE": (
+        "replay",
+        "what happens to a call that the log does not hold: replay, record or collect",
+    ),
+    "SNAPSHOT": (
+        "",
+        "the folder in data/ to read from and record to; unset, the bundled snapshot is replayed, and recordings go to data/recorded",
+    ),
     "TEACHER_MODEL": ("", "the strong judge"),
     "WRITER_MODEL": ("", "writes questions and reference answers"),
     "ANSWERER_MODEL": ("", "answers, in several personas"),
@@ -23,17 +29,28 @@ SETTINGS = {
     "EMBEDDING_MODEL": (LOCAL, "finds the chunks to answer from"),
     "DOCUMENTS": ("bundled", "what to read: bundled, or wikipedia"),
     "WIKIPEDIA_USER_AGENT": ("", "names you to Wikipedia, with a way to reach you"),
-    "OPENAI_API_BASE": ("", "base URL of the judges' and the fine-tuning endpoint (OPENAI_BASE_URL says the same)"),
+    "OPENAI_API_BASE": (
+        "",
+        "base URL of the judges' and the fine-tuning endpoint (OPENAI_BASE_URL says the same)",
+    ),
     "CONCURRENCY": ("16", "calls under way at once"),
     "BUDGET_CALLS": ("", "the most calls that a notebook's log may come to hold"),
     "BUDGET_DOLLARS": ("", "the most that the calls in a notebook's log may come to cost"),
-    "PRICES": ("", 'dollars per million tokens of prompt, reply and, if it is to be fine-tuned, training: "my-model=0.15/0.60/3, other=0/0"'),
+    "PRICES": (
+        "",
+        'dollars per million tokens of prompt, reply and, if it is to be fine-tuned, training: "my-model=0.15/0.60/3, other=0/0"',
+    ),
     "FINETUNING_HOURS": ("12", "the longest wait for a fine-tuning job"),
     "POLL_SECONDS": ("30", "between two looks at a fine-tuning job or a batch"),
 }
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_TOKEN", "ENDPOINT_API_KEY")
-ROLES = {"teacher": "TEACHER_MODEL", "question-writer": "WRITER_MODEL", "answerer": "ANSWERER_MODEL", "student": "STUDENT_MODEL",
-         "embedding": "EMBEDDING_MODEL"}
+ROLES = {
+    "teacher": "TEACHER_MODEL",
+    "question-writer": "WRITER_MODEL",
+    "answerer": "ANSWERER_MODEL",
+    "student": "STUDENT_MODEL",
+    "embedding": "EMBEDDING_MODEL",
+}
 
 
 class RunStopped(RuntimeError):
@@ -101,11 +118,19 @@ def models_of(snapshot: Path) -> dict[str, str]:
     path, replay = snapshot / "models.json", setting("JUDGE_MODE") == "replay"
     kept = json.loads(path.read_text(encoding="utf-8")) if replay and path.exists() else {}
     stand_ins = {role: SETTINGS[name][0] or STAND_IN + role for role, name in ROLES.items()}
-    models = {role: (kept.get(role) if replay else setting(name)) or stand_ins[role] for role, name in ROLES.items()}
-    if not replay and not any(model.startswith(STAND_IN) for model in models.values()):  # a run that has none is stopped before long
+    models = {
+        role: (kept.get(role) if replay else setting(name)) or stand_ins[role]
+        for role, name in ROLES.items()
+    }
+    if not replay and not any(
+        model.startswith(STAND_IN) for model in models.values()
+    ):  # a run that has none is stopped before long
         snapshot.mkdir(parents=True, exist_ok=True)
         draft = path.with_name("models.json.tmp")
-        draft.write_text(json.dumps({role: id_of(model) for role, model in models.items()}, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(
+            json.dumps({role: id_of(model) for role, model in models.items()}, indent=1) + "\n",
+            encoding="utf-8",
+        )
         os.replace(draft, path)
     return models
 

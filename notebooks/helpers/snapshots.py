@@ -20,14 +20,27 @@ from .settings import ROOT, id_of, name_of, setting
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there, nothing stops two processes from recording to one log
+except (
+    ImportError
+):  # Windows has no flock: there, nothing stops two processes from recording to one log
     fcntl = None
 
 DATA = ROOT / "data"
 MODES = ("replay", "record", "collect")
 RECORDED = "recorded"
 SCHEMA = 1
-FIELDS = ("v", "key", "model", "messages", "params", "sample", "response", "usage", "finish_reason", "created")
+FIELDS = (
+    "v",
+    "key",
+    "model",
+    "messages",
+    "params",
+    "sample",
+    "response",
+    "usage",
+    "finish_reason",
+    "created",
+)
 
 _writers: dict = {}  # path -> the file by which this process writes a log
 STAGE = contextvars.ContextVar("stage", default="(none)")  # the stage that is running, for messages
@@ -56,9 +69,13 @@ def snapshot_folder(name: str) -> Path:
     mode = judge_mode()
     folder = DATA / (setting("SNAPSHOT") or ("" if mode == "replay" else RECORDED)) / name
     if mode != "replay" and folder.resolve() == (DATA / name).resolve():
-        raise ValueError(f"SNAPSHOT={setting('SNAPSHOT')!r} is the bundled snapshot, which is not recorded over: name a folder of your own")
+        raise ValueError(
+            f"SNAPSHOT={setting('SNAPSHOT')!r} is the bundled snapshot, which is not recorded over: name a folder of your own"
+        )
     if mode == "replay" and not folder.is_dir():
-        raise FileNotFoundError(f"no snapshot at {folder}: record one with JUDGE_MODE=record, or unset SNAPSHOT")
+        raise FileNotFoundError(
+            f"no snapshot at {folder}: record one with JUDGE_MODE=record, or unset SNAPSHOT"
+        )
     return folder
 
 
@@ -105,19 +122,37 @@ def _parse(line: bytes, where: str) -> dict:
 
 def call_key(model: str, messages: list[dict], params: dict, sample: int) -> str:
     """SHA-256 over all that determines a call: 64 hex digits."""
-    call = json.dumps([model, messages, params, sample], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    call = json.dumps(
+        [model, messages, params, sample], sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
     return hashlib.sha256(call.encode()).hexdigest()
 
 
-def make_row(call: dict, response: str, usage: dict | None = None, finish_reason: str | None = None,
-             logprobs: list[dict] | None = None) -> dict:
+def make_row(
+    call: dict,
+    response: str,
+    usage: dict | None = None,
+    finish_reason: str | None = None,
+    logprobs: list[dict] | None = None,
+) -> dict:
     """A row of `calls.jsonl`: a call (`model`, `messages`, `params`, `sample`) with its key and its answer.
 
     `logprobs`, of each token of the reply's first line {alternative: log-probability}, is in the row only if it was asked for.
     """
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    answer = {"response": response, "usage": usage, "finish_reason": finish_reason, "created": created}
-    return {"v": SCHEMA, "key": call_key(**call), **call, **answer, **({"logprobs": logprobs} if logprobs else {})}
+    answer = {
+        "response": response,
+        "usage": usage,
+        "finish_reason": finish_reason,
+        "created": created,
+    }
+    return {
+        "v": SCHEMA,
+        "key": call_key(**call),
+        **call,
+        **answer,
+        **({"logprobs": logprobs} if logprobs else {}),
+    }
 
 
 class CallLog:
@@ -136,8 +171,12 @@ class CallLog:
         self.mode = _known_mode(mode) if mode else judge_mode()
         self.requests_path = self.path.with_name("requests.jsonl")
         self._index: dict[bytes, int] = {}  # key -> where its row begins
-        self._end = self._size = 0  # where the good rows end, and the file (a torn line lies between)
-        self._unflushed: dict[bytes, int] = {}  # as _index, of rows that are written and not yet safely on disk
+        self._end = self._size = (
+            0  # where the good rows end, and the file (a torn line lies between)
+        )
+        self._unflushed: dict[
+            bytes, int
+        ] = {}  # as _index, of rows that are written and not yet safely on disk
         self._flushing: asyncio.Future | None = None
         self._joint = b""  # what the next row needs before it
         self._reader = self._writer = None
@@ -145,7 +184,11 @@ class CallLog:
         self._lock, self._flush_lock = threading.RLock(), threading.Lock()
         self._names_path = self.path.with_name("names.json")
         # {logged name: model id}, where they differ, as they do by persona: its price, and what a batch must ask for
-        self.models = json.loads(self._names_path.read_text(encoding="utf-8")) if self._names_path.exists() else {}
+        self.models = (
+            json.loads(self._names_path.read_text(encoding="utf-8"))
+            if self._names_path.exists()
+            else {}
+        )
         if self.path.exists():
             self._scan()
         self._written = self._end
@@ -164,7 +207,10 @@ class CallLog:
         """A LlamaIndex LLM whose calls go through this log, under the model's name: see `LoggedLLM` for the settings."""
         from .calls import LoggedLLM
 
-        logged, asked = name_of(model_name), id_of(getattr(live, "model", "") if callable(live) else "")
+        logged, asked = (
+            name_of(model_name),
+            id_of(getattr(live, "model", "") if callable(live) else ""),
+        )
         if asked and self.models.get(logged, logged) != asked:
             self.models[logged] = asked
             if self.mode != "replay":
@@ -208,7 +254,10 @@ class CallLog:
                 if self._flushing is None or self._flushing.done():
                     self._flushing = asyncio.get_running_loop().run_in_executor(None, self._flush)
                 await asyncio.shield(self._flushing)  # the flush is for others too
-                if bytes.fromhex(row["key"]) not in self._index and bytes.fromhex(row["key"]) not in self._unflushed:
+                if (
+                    bytes.fromhex(row["key"]) not in self._index
+                    and bytes.fromhex(row["key"]) not in self._unflushed
+                ):
                     raise OSError(f"{self.path}: a flush failed, and the row was lost with it")
         return self.get(row["key"])
 
@@ -222,7 +271,9 @@ class CallLog:
                 file = self.open_to_write()
                 file.seek(self._written)
                 file.truncate()  # cuts off a torn line, or what a full disk left of the last attempt
-                joint = self._joint if self._written == self._end else b""  # needed again where the flush fails
+                joint = (
+                    self._joint if self._written == self._end else b""
+                )  # needed again where the flush fails
                 file.write(joint + line)
                 file.flush()
                 self._unflushed[key] = self._written + len(joint)
@@ -256,9 +307,15 @@ class CallLog:
             OSError: it cannot be written to.
         """
         if self._writer is None or self._writer.closed:
-            if self.mode == "record" and (notes := self.path.with_name("batches.json")).exists() and json.loads(notes.read_text(encoding="utf-8")):
-                raise RuntimeError(f"{notes}: batches are under way, which ask the same calls; `make batch` picks them up (or delete this file, and "
-                                   "pay for their calls again)")
+            if (
+                self.mode == "record"
+                and (notes := self.path.with_name("batches.json")).exists()
+                and json.loads(notes.read_text(encoding="utf-8"))
+            ):
+                raise RuntimeError(
+                    f"{notes}: batches are under way, which ask the same calls; `make batch` picks them up (or delete this file, and "
+                    "pay for their calls again)"
+                )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A cell that is run again opens the log again: of one process, the newest writes.
             if older := _writers.pop(self.path.resolve(), None):
@@ -271,8 +328,10 @@ class CallLog:
                     raise BlockingIOError
             except BlockingIOError as error:
                 file.close()
-                raise RuntimeError(f"{self.path}: another process is recording to this log, or has since it was opened "
-                                   "here. Let it end, then run this one again.") from error
+                raise RuntimeError(
+                    f"{self.path}: another process is recording to this log, or has since it was opened "
+                    "here. Let it end, then run this one again."
+                ) from error
             self._writer = _writers[self.path.resolve()] = file
         return self._writer
 
@@ -289,9 +348,16 @@ class CallLog:
         with self._lock:
             if key not in self._collected:
                 body = {"model": call["model"], "messages": call["messages"], **call["params"]}
-                request = {"custom_id": request_id(call), "method": "POST", "url": "/v1/chat/completions", "body": body}
+                request = {
+                    "custom_id": request_id(call),
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": body,
+                }
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.requests_path, "a" if self._collected else "w", encoding="utf-8") as file:
+                with open(
+                    self.requests_path, "a" if self._collected else "w", encoding="utf-8"
+                ) as file:
                     file.write(json.dumps(request, ensure_ascii=False) + "\n")
                 self._collected.add(key)
 
@@ -301,22 +367,34 @@ class CallLog:
         words, best, nearest = set(text.split()), -1.0, None
         for row in self.rows():
             theirs = set(prompt_text(row).split())
-            likeness = len(words & theirs) / max(1, len(words | theirs)) + (row["model"] == call["model"])
+            likeness = len(words & theirs) / max(1, len(words | theirs)) + (
+                row["model"] == call["model"]
+            )
             if likeness > best:
                 best, nearest = likeness, row
-        said = [f"{self.path}: no recorded answer for this call of stage {STAGE.get()!r} to model {call['model']!r}."]
+        said = [
+            f"{self.path}: no recorded answer for this call of stage {STAGE.get()!r} to model {call['model']!r}."
+        ]
         if nearest is None:
             said.append("The log holds no calls.")
         elif prompt_text(nearest) == text:
-            said += [f"The same prompt is recorded with {field} {nearest[field]!r}; this call has {call[field]!r}."
-                     for field in ("model", "params", "sample") if nearest[field] != call[field]]
+            said += [
+                f"The same prompt is recorded with {field} {nearest[field]!r}; this call has {call[field]!r}."
+                for field in ("model", "params", "sample")
+                if nearest[field] != call[field]
+            ]
         else:
             theirs = prompt_text(nearest)
             at = len(os.path.commonprefix([text, theirs]))
-            said += [f"The nearest recorded prompt (key {nearest['key'][:12]}, model {nearest['model']!r}) differs first at character {at}:",
-                     f"  recorded: {theirs[max(0, at - 40):at + 60]!r}", f"  this run: {text[max(0, at - 40):at + 60]!r}"]
-        said.append("To have it answered: `make record` (a live model) or `make collect` (requests to answer elsewhere); "
-                    "see 'Going live' in README.md.")
+            said += [
+                f"The nearest recorded prompt (key {nearest['key'][:12]}, model {nearest['model']!r}) differs first at character {at}:",
+                f"  recorded: {theirs[max(0, at - 40) : at + 60]!r}",
+                f"  this run: {text[max(0, at - 40) : at + 60]!r}",
+            ]
+        said.append(
+            "To have it answered: `make record` (a live model) or `make collect` (requests to answer elsewhere); "
+            "see 'Going live' in README.md."
+        )
         return "\n".join(said)
 
     def _scan(self) -> None:
@@ -330,11 +408,16 @@ class CallLog:
                 except DamagedFile:
                     if line.endswith(b"\n"):
                         raise
-                    warnings.warn(f"{where}: dropped a torn last line of {len(line)} bytes, left by an interrupted run", stacklevel=3)
+                    warnings.warn(
+                        f"{where}: dropped a torn last line of {len(line)} bytes, left by an interrupted run",
+                        stacklevel=3,
+                    )
                     return
                 key = bytes.fromhex(check_row(row, where)["key"])
                 if answers.setdefault(key, hash(row["response"])) != hash(row["response"]):
-                    raise DamagedFile(f"{where}: key {row['key'][:12]} has another answer further up; expected one answer a key")
+                    raise DamagedFile(
+                        f"{where}: key {row['key'][:12]} has another answer further up; expected one answer a key"
+                    )
                 self._index.setdefault(key, self._end)
                 self._end = self._size
                 self._joint = b"" if line.endswith(b"\n") else b"\n"
@@ -345,12 +428,18 @@ def check_row(row: dict, where: str) -> dict:
     if row.get("v") != SCHEMA:
         raise DamagedFile(f"{where}: row of schema version {row.get('v')!r}, expected {SCHEMA}")
     if set(row) - {"logprobs"} != set(FIELDS):
-        raise DamagedFile(f"{where}: expected the fields {', '.join(FIELDS)}; found {', '.join(row)}")
+        raise DamagedFile(
+            f"{where}: expected the fields {', '.join(FIELDS)}; found {', '.join(row)}"
+        )
     if not isinstance(row["response"], str):
-        raise DamagedFile(f"{where}: expected text in 'response', found {type(row['response']).__name__}")
+        raise DamagedFile(
+            f"{where}: expected text in 'response', found {type(row['response']).__name__}"
+        )
     key = call_key(row["model"], row["messages"], row["params"], row["sample"])
     if row["key"] != key:
-        raise DamagedFile(f"{where}: key {str(row['key'])[:12]} does not match its content, expected {key[:12]}")
+        raise DamagedFile(
+            f"{where}: key {str(row['key'])[:12]} does not match its content, expected {key[:12]}"
+        )
     return row
 
 

@@ -7,20 +7,34 @@ from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LLMMetadata, LogProb, MessageRole
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    LLMMetadata,
+    LogProb,
+    MessageRole,
+)
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
 
 from .embeddings import local_embedding
 
-Item = tuple[str, str, str]  # question, evidence (the reference answer, or the context), answer to judge
+Item = tuple[
+    str, str, str
+]  # question, evidence (the reference answer, or the context), answer to judge
 
-SECTIONS = re.compile(r"## User Query\n(.*?)\n\n## (?:Reference Answer|Context)\n(.*?)\n\n## Generated Answer\n(.*?)\n?\Z", re.S)
+SECTIONS = re.compile(
+    r"## User Query\n(.*?)\n\n## (?:Reference Answer|Context)\n(.*?)\n\n## Generated Answer\n(.*?)\n?\Z",
+    re.S,
+)
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-STOPWORDS = frozenset("a an and are as at be been but by did do does for from had has have he her him his how i in into is it "
-                      "its no not of on or our she so than that the their them then there these they this to was we were what "
-                      "when where which while who whom whose why will with would you your".split())
+STOPWORDS = frozenset(
+    "a an and are as at be been but by did do does for from had has have he her him his how i in into is it "
+    "its no not of on or our she so than that the their them then there these they this to was we were what "
+    "when where which while who whom whose why will with would you your".split()
+)
 FOLDS = 5
 
 
@@ -32,15 +46,23 @@ def read_prompt(messages: list[dict]) -> Item:
     """
     text = next((message["content"] for message in messages if message["role"] == "user"), "")
     if not (match := SECTIONS.search(text)):
-        raise ValueError("a local judge reads CorrectnessEvaluator's prompt, with the sections User Query, Reference Answer (or "
-                         f"Context) and Generated Answer; this one begins {text[:80]!r}")
+        raise ValueError(
+            "a local judge reads CorrectnessEvaluator's prompt, with the sections User Query, Reference Answer (or "
+            f"Context) and Generated Answer; this one begins {text[:80]!r}"
+        )
     return match.groups()
 
 
 def items_of(rows: list[dict]) -> list[Item]:
     """The items of correctness rows or, where rows have no reference, of single-grading rows."""
-    return [(row["question"], row["reference"] if "reference" in row else row["response_data"]["context"], row["response_data"]["text"])
-            for row in rows]
+    return [
+        (
+            row["question"],
+            row["reference"] if "reference" in row else row["response_data"]["context"],
+            row["response_data"]["text"],
+        )
+        for row in rows
+    ]
 
 
 def words(text: str) -> set[str]:
@@ -77,14 +99,25 @@ def lexical_features(item: Item) -> list[float]:
     question, reference, answer = item
     asked, wanted, given = words(question), words(reference), words(answer)
     features = []
-    for wanted_kind, given_kind, known in [(wanted, given, asked),
-                                           (_names(reference), _names(answer), _names(question)),
-                                           (_numbers(reference), _numbers(answer), _numbers(question))]:
+    for wanted_kind, given_kind, known in [
+        (wanted, given, asked),
+        (_names(reference), _names(answer), _names(question)),
+        (_numbers(reference), _numbers(answer), _numbers(question)),
+    ]:
         # What the question itself says proves nothing, so it is taken out of both sides.
         key, said = wanted_kind - known, given_kind - known
-        features += [_share(key, said), _share(said, key), np.log1p(len(key - said)), np.log1p(len(said - key))]
+        features += [
+            _share(key, said),
+            _share(said, key),
+            np.log1p(len(key - said)),
+            np.log1p(len(said - key)),
+        ]
     lengths = [len(WORD.findall(text)) for text in (reference, answer)]
-    return features + [overlap(reference, answer), np.log1p(lengths[1]), np.log1p(lengths[1]) - np.log1p(lengths[0])]
+    return features + [
+        overlap(reference, answer),
+        np.log1p(lengths[1]),
+        np.log1p(lengths[1]) - np.log1p(lengths[0]),
+    ]
 
 
 def featurize(items: list[Item], kinds: str) -> np.ndarray:
@@ -96,7 +129,16 @@ def featurize(items: list[Item], kinds: str) -> np.ndarray:
     columns = [np.array([lexical_features(item) for item in items])]
     if kinds != "lexical":
         question, reference, answer = (embed([item[i] for item in items]) for i in range(3))
-        columns.append(np.stack([(reference * answer).sum(1), (question * answer).sum(1), (question * reference).sum(1)], axis=1))
+        columns.append(
+            np.stack(
+                [
+                    (reference * answer).sum(1),
+                    (question * answer).sum(1),
+                    (question * reference).sum(1),
+                ],
+                axis=1,
+            )
+        )
     return np.concatenate(columns, axis=1)
 
 
@@ -106,8 +148,15 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return log_softmax(logits, axis=1)
 
 
-def distillation_loss(weights: np.ndarray, x: np.ndarray, hard: np.ndarray, soft: np.ndarray, alpha: float = 1.0,
-                      temperature: float = 1.0, strength: float = 0.0) -> tuple[float, np.ndarray]:
+def distillation_loss(
+    weights: np.ndarray,
+    x: np.ndarray,
+    hard: np.ndarray,
+    soft: np.ndarray,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+    strength: float = 0.0,
+) -> tuple[float, np.ndarray]:
     """alpha * CE(hard label) + (1 - alpha) * T^2 * KL(teacher || student), and its gradient.
 
     Args:
@@ -136,7 +185,9 @@ def distillation_loss(weights: np.ndarray, x: np.ndarray, hard: np.ndarray, soft
         teacher = soft ** (1 / temperature)
         teacher = teacher / teacher.sum(axis=1, keepdims=True)
         log_teacher = np.log(np.maximum(teacher, np.finfo(float).tiny))
-        loss += (1 - alpha) * temperature**2 * (teacher * (log_teacher - log_student)).sum() / len(x)
+        loss += (
+            (1 - alpha) * temperature**2 * (teacher * (log_teacher - log_student)).sum() / len(x)
+        )
         error = error + (1 - alpha) * temperature * (np.exp(log_student) - teacher)
     error = error / len(x)
     gradient = np.concatenate([x.T @ error + strength * w[:-1], error.sum(axis=0, keepdims=True)])
@@ -152,7 +203,9 @@ def folds(items: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
     """
     questions = list(dict.fromkeys(item[:2] for item in items))
     if len(questions) < FOLDS:
-        raise ValueError(f"{len(questions)} different questions (or references, contexts, sources) are too few to learn from: at least {FOLDS}")
+        raise ValueError(
+            f"{len(questions)} different questions (or references, contexts, sources) are too few to learn from: at least {FOLDS}"
+        )
     fold = dict(zip(questions, np.random.default_rng(0).permutation(len(questions)) % FOLDS))
     fold = np.array([fold[item[:2]] for item in items])
     return [(fold != k, fold == k) for k in range(FOLDS)]
@@ -166,7 +219,13 @@ def check_settings(alpha: float, temperature: float) -> None:
         raise ValueError(f"temperature={temperature}: expected above 0")
 
 
-def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, basis: np.ndarray | None = None, **settings: float) -> np.ndarray:
+def fit_head(
+    x: np.ndarray,
+    hard: np.ndarray,
+    soft: np.ndarray,
+    basis: np.ndarray | None = None,
+    **settings: float,
+) -> np.ndarray:
     """The weights, (features + 1, verdicts), that minimise `distillation_loss`; found by L-BFGS from zero.
 
     `basis`, (weights, parameters), ties weights together: the weights searched are basis @ parameters.
@@ -185,7 +244,13 @@ def fit_head(x: np.ndarray, hard: np.ndarray, soft: np.ndarray, basis: np.ndarra
     start = np.zeros(np.prod(shape) if basis is None else basis.shape[1])
     # The matrices are tiny: more BLAS threads would only wait for one another, and cost ten times the processor time.
     with threadpool_limits(1, user_api="blas"):
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7}).x
+        found = minimize(
+            loss,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7},
+        ).x
     return (found if basis is None else basis @ found).reshape(shape)
 
 
@@ -204,7 +269,14 @@ class Student:
     STRENGTHS = (0.01, 0.03, 0.1)
 
     @classmethod
-    def fit(cls, items: list[tuple], verdicts: list, soft: list[dict] | None = None, alpha: float = 1.0, temperature: float = 1.0) -> "Student":
+    def fit(
+        cls,
+        items: list[tuple],
+        verdicts: list,
+        soft: list[dict] | None = None,
+        alpha: float = 1.0,
+        temperature: float = 1.0,
+    ) -> "Student":
         """Train on the teacher's verdicts.
 
         Feature kinds and strength are chosen by cross-validation on these items alone. Items with the same question stay together
@@ -221,13 +293,21 @@ class Student:
             ValueError: alpha or temperature out of range, or too little to learn from.
         """
         check_settings(alpha, temperature)
-        if missing := [number for number, verdict in enumerate(verdicts) if verdict != verdict or verdict is None]:
-            raise ValueError(f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave such rows out")
+        if missing := [
+            number
+            for number, verdict in enumerate(verdicts)
+            if verdict != verdict or verdict is None
+        ]:
+            raise ValueError(
+                f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave such rows out"
+            )
         soft = soft or [{verdict: 1.0} for verdict in verdicts]
         if not items:
             raise ValueError("no rows to learn from")
         if len(set(verdicts)) < 2:
-            raise ValueError(f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell apart")
+            raise ValueError(
+                f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell apart"
+            )
         labels = cls._labels(verdicts, soft)
         hard = (np.asarray(verdicts)[:, None] == labels).astype(float)
         shares = np.array([[row.get(label, 0.0) for label in labels.tolist()] for row in soft])
@@ -236,12 +316,20 @@ class Student:
         for kinds in cls.KINDS:
             x = cls.featurize(items, kinds)
             if len(items) < x.shape[1]:
-                raise ValueError(f"{len(items)} rows are too few to learn from: the student has {x.shape[1]} features")
+                raise ValueError(
+                    f"{len(items)} rows are too few to learn from: the student has {x.shape[1]} features"
+                )
             for strength in cls.STRENGTHS:
                 unseen = np.empty(hard.shape)
                 for train, held in folds(items):
-                    unseen[held] = cls._fit(kinds, x[train], hard[train], shares[train], labels, strength, settings)._predict(x[held])
-                best = min(best, (cls._error(unseen, hard, labels), kinds, strength, x, unseen), key=lambda choice: choice[0])
+                    unseen[held] = cls._fit(
+                        kinds, x[train], hard[train], shares[train], labels, strength, settings
+                    )._predict(x[held])
+                best = min(
+                    best,
+                    (cls._error(unseen, hard, labels), kinds, strength, x, unseen),
+                    key=lambda choice: choice[0],
+                )
         _, kinds, strength, x, unseen = best
         student = cls._fit(kinds, x, hard, shares, labels, strength, settings)
         student.held_out = unseen
@@ -280,7 +368,9 @@ class Student:
     def _fit(cls, kinds, x, hard, soft, labels, strength, settings) -> "Student":
         mean, scale = cls._standard(x)
         scale = np.where(scale > 1e-9, scale, 1.0)
-        weights = fit_head((x - mean) / scale, hard, soft, cls._basis(x.shape[1]), strength=strength, **settings)
+        weights = fit_head(
+            (x - mean) / scale, hard, soft, cls._basis(x.shape[1]), strength=strength, **settings
+        )
         return cls(kinds, mean, scale, weights, labels)
 
     def _predict(self, x: np.ndarray) -> np.ndarray:
@@ -309,9 +399,15 @@ class Student:
             likely = sorted(zip(-probabilities, self.labels))[:2]
             verdicts = " or ".join(f"{label:.1f} ({-p:.0%})" for p, label in likely)
             found = _share(words(item[1]) - words(item[0]), words(item[2]))
-            reason = (f"Most like answers that the teacher gave {verdicts}. Of what the reference adds to the question, the answer "
-                      f"has {found:.0%}, word for word.")
-            return float(self.scores([item])[0]), reason, dict(zip(self.labels.tolist(), probabilities.tolist()))
+            reason = (
+                f"Most like answers that the teacher gave {verdicts}. Of what the reference adds to the question, the answer "
+                f"has {found:.0%}, word for word."
+            )
+            return (
+                float(self.scores([item])[0]),
+                reason,
+                dict(zip(self.labels.tolist(), probabilities.tolist())),
+            )
 
         return LocalJudge(judge, model_name=name, decimals=self._decimals())
 
@@ -349,16 +445,27 @@ class LocalJudge(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
-        reply, distribution = self._reply([{"role": m.role.value, "content": m.content} for m in messages])
-        tokens = [LogProb(token=f"{score:g}", logprob=float(np.log(p))) for score, p in distribution.items() if p > 0]
-        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=reply), logprobs=[tokens] if tokens else None)
+        reply, distribution = self._reply(
+            [{"role": m.role.value, "content": m.content} for m in messages]
+        )
+        tokens = [
+            LogProb(token=f"{score:g}", logprob=float(np.log(p)))
+            for score, p in distribution.items()
+            if p > 0
+        ]
+        return ChatResponse(
+            message=ChatMessage(role=MessageRole.ASSISTANT, content=reply),
+            logprobs=[tokens] if tokens else None,
+        )
 
     def _reply(self, messages: list[dict]) -> tuple[str, dict]:
         score, reason, *distribution = self._judge(read_prompt(messages))
         return f"{score:.{self.decimals}f}\n{reason}", distribution[0] if distribution else {}
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return CompletionResponse(text=self.chat([ChatMessage(role=MessageRole.USER, content=prompt)]).message.content)
+        return CompletionResponse(
+            text=self.chat([ChatMessage(role=MessageRole.USER, content=prompt)]).message.content
+        )
 
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any):
         yield self.complete(prompt)
@@ -377,9 +484,15 @@ def untrained_judges(constant: float, low: float = 1, high: float = 5) -> dict[s
         return low + (high - low) * min(1.0, max(0.0, share))
 
     rules = {
-        "base": lambda item: (scaled(float(np.dot(*embed([item[1], item[2]])))), "Cosine of the embeddings."),
+        "base": lambda item: (
+            scaled(float(np.dot(*embed([item[1], item[2]])))),
+            "Cosine of the embeddings.",
+        ),
         "overlap": lambda item: (scaled(overlap(item[1], item[2])), "Words in common."),
         "longer": lambda item: (scaled(len(WORD.findall(item[2])) / 60), "Length."),
         "constant": lambda item: (constant, "Always this."),
     }
-    return {name: LocalJudge(rule, model_name=name, decimals=1 if high - low > 1 else 2) for name, rule in rules.items()}
+    return {
+        name: LocalJudge(rule, model_name=name, decimals=1 if high - low > 1 else 2)
+        for name, rule in rules.items()
+    }
