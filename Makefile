@@ -5,7 +5,7 @@ NOTEBOOK ?=
 export PYTHONPATH := notebooks
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help run test lab bench record collect batch fill published notebooks lock clean
+.PHONY: help run check lint test lab bench record collect batch fill published notebooks lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -14,9 +14,17 @@ help: ## list the targets
 run: .venv/installed ## run every notebook on the cached calls (no key, no network), show their metrics; NOTEBOOK=01_correctness runs one
 	@$(BIN)/python -m helpers run $(NOTEBOOK)
 
-test: .venv/installed ## unit tests, and every notebook replayed and compared with its committed outputs
-	@$(BIN)/python -m pytest -q -p no:cacheprovider tests notebooks --nbval --nbval-current-env \
-		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
+lint: .venv/installed ## formatter, linter and type check, as pyproject.toml configures them
+	@$(BIN)/ruff format --check notebooks/helpers tests
+	@$(BIN)/ruff check notebooks tests
+	@$(BIN)/mypy
+
+check: lint ## lint, and the fast tests
+	@$(BIN)/python -m pytest tests -m "not slow"
+
+test: .venv/installed ## all tests, and every notebook replayed and compared with its committed outputs
+	@$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=300 \
+		--nbval-sanitize-with=tests/nbval_sanitize.cfg --cov
 
 lab: .venv/installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
@@ -42,11 +50,16 @@ published: .venv/installed ## download the real verdicts and texts of the publis
 notebooks: .venv/installed ## for maintainers: run the notebooks and write their outputs back into notebooks/
 	@$(BIN)/python -m helpers run --in-place $(NOTEBOOK)
 
-# uv's universal lock, less the CUDA libraries: a CUDA build of torch names its own, and the CPU build wants none.
+# uv's universal lock, without the CUDA libraries: a CUDA build of torch names its own, and the CPU
+# build needs none. Pins that still fit stay as they are; delete requirements.lock for the newest.
 lock: .venv/installed ## for maintainers: make requirements.lock anew from requirements.txt
 	@$(BIN)/pip install -q uv
-	@{ sed '/^[^#]/,$$d' requirements.lock; $(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
-		requirements.txt | grep -vE '^(nvidia-|cuda-|triton)'; } > requirements.lock.tmp && mv requirements.lock.tmp requirements.lock
+	@cp requirements.lock requirements.lock.tmp
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
+		requirements.txt -o requirements.lock.tmp
+	@{ sed '/^[^#]/,$$d' requirements.lock; grep -vE '^(#|nvidia-|cuda-|triton)' requirements.lock.tmp; } \
+		> requirements.lock.new
+	@mv requirements.lock.new requirements.lock; rm requirements.lock.tmp
 
 clean: ## remove .venv and build
 	rm -rf .venv build

@@ -31,18 +31,19 @@ from server import Server
 from helpers import (
     CallLog,
     Student,
-    embed,
     finetuning_events,
     items_of,
     judge_rows,
     live,
     load_rows,
-    local_embedding,
     score_distribution,
     scores_of,
     untrained_judges,
 )
-from helpers.snapshots import DATA, ROOT, make_row
+from helpers.embeddings import embed, local_embedding
+from helpers.log import make_row
+from helpers.rows import DATA
+from helpers.settings import ROOT
 
 missed = []
 

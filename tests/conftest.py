@@ -2,17 +2,17 @@
 
 import os
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.live import models
+from helpers.settings import INTERNAL, KEYS, SETTINGS
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "notebooks"))
-from helpers.settings import KEYS, SETTINGS  # noqa: E402
 
 # At import, so that the notebooks' kernels start without them too.
-for name in (*SETTINGS, *KEYS, "OPENAI_BASE_URL"):
+for name in (*SETTINGS, *INTERNAL, *KEYS, "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
 
@@ -41,7 +41,7 @@ def no_network(monkeypatch):
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     """Between attempts of a live call; what a server asks for is waited for all the same."""
-    monkeypatch.setattr("helpers.models.FIRST_WAIT", 0.01)
+    monkeypatch.setattr(models, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture

@@ -6,22 +6,17 @@ import json
 import nbformat
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 from llama_index.core.evaluation import CorrectnessEvaluator, PairwiseComparisonEvaluator
 from server import Server, answer
 
-from helpers import (
-    CallFailed,
-    CallLog,
-    Collected,
-    RunStopped,
-    cost_table,
-    judge_rows,
-    live,
-    load_rows,
-)
+from helpers import CallLog, check_run, cost_table, judge_rows, live, load_rows
 from helpers import __main__ as command
-from helpers.batch import answer_requests
-from helpers.models import MAX_TOKENS
+from helpers.live import models
+from helpers.live.budget import MAX_TOKENS, Budget
+from helpers.live.collect import answer_requests
+from helpers.log import Collected
+from helpers.settings import RunStopped
 
 CREATED = ("POST", "/v1/batches")
 
@@ -105,7 +100,7 @@ def test_a_batch_costs_half(rows, path, server, monkeypatch):
     answer_requests(log)
     usage = [row["usage"] for row in load_rows(path)]
     full = sum(2 * one["prompt_tokens"] + 8 * one["completion_tokens"] for one in usage) / 1e6
-    assert CallLog(path).ledger.spent() == pytest.approx(full / 2) and cost_table(log)["$"][
+    assert Budget.of(CallLog(path)).spent() == pytest.approx(full / 2) and cost_table(log)["$"][
         "in all"
     ].item() == pytest.approx(full / 2, abs=1e-4)
 
@@ -117,7 +112,7 @@ def test_an_interrupted_wait_is_picked_up_by_its_id(rows, path, server, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("helpers.batch.time.sleep", interrupted)
+        patch.setattr(models.time, "sleep", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answer_requests(log)
     assert answer_requests(collected(rows, path)) == []
@@ -181,42 +176,21 @@ def test_a_batch_that_fails_says_why_and_the_next_run_starts_anew(rows, path, se
     assert answer_requests(collected(rows, path)) == [] and len(server.batches) == 2
 
 
-def test_a_batch_is_started_once_whatever_becomes_of_the_reply(rows, path, server):
+def test_a_batch_that_is_refused_for_a_while_is_started_once(rows, path, server):
+    server.gate = lambda method, path, before: (
+        answer(503, "Sorry") if (method, path) == CREATED and before < 2 else None
+    )
+    assert answer_requests(collected(rows, path)) == []
+    assert len(server.batches) == 1 and len(server.bodies) == 12
+
+
+def test_a_batch_whose_reply_is_lost_is_not_started_again_unseen(rows, path, server):
     server.gate = lambda method, path, before: (
         "lost" if (method, path) == CREATED and before == 0 else None
     )
-    assert (
-        answer_requests(collected(rows, path)) == []
-        and len(server.batches) == 1
-        and len(server.bodies) == 12
-    )
-
-
-@pytest.mark.parametrize("lists", [True, False])
-def test_a_batch_is_paid_once_wherever_the_run_is_interrupted(rows, path, server, lists):
-    """The reply to its start is lost, and then the service is gone; or it is gone before the start."""
-
-    def gate(method, path, before):
-        if (method, path) == CREATED and lists:
-            return "lost" if before == 0 else None
-        return answer(503, "Sorry") if path == CREATED[1] else None
-
-    server.gate = (
-        gate
-        if not lists
-        else lambda method, path, before: (
-            gate(method, path, before)
-            or (answer(503, "Sorry") if (method, path) == ("GET", CREATED[1]) else None)
-        )
-    )
-    with pytest.raises(CallFailed):
+    with pytest.raises(RunStopped, match="may or may not have been started.*or it will be paid"):
         answer_requests(collected(rows, path))
-    server.gate = None
-    assert (
-        answer_requests(collected(rows, path)) == []
-        and len(server.batches) == 1
-        and len(server.bodies) == 12
-    )
+    assert len(server.batches) == 1
 
 
 def test_a_service_that_is_gone_while_we_wait_is_looked_for_again(rows, path, server, capsys):
@@ -233,7 +207,7 @@ def test_a_batch_of_another_account_is_named_with_its_note(rows, path, server, m
     log = collected(rows, path)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "helpers.batch.time.sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt)
+            models.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             answer_requests(log)
@@ -247,9 +221,9 @@ def test_a_batch_of_another_account_is_named_with_its_note(rows, path, server, m
     monkeypatch.setenv("JUDGE_MODE", "record")
     with pytest.raises(
         RunStopped,
-        match="batches are under way, which ask the same calls; `make batch` picks them up",
+        match="batches are under way, which ask the same calls; `make batch` waits for them",
     ):
-        judged(rows, path, model=f"gpt-4.1@{server.url}")
+        check_run(CallLog(path), {}, {})
     assert not server.bodies
 
 
@@ -283,11 +257,11 @@ def test_odd_line_ends_and_refusals_in_a_batch_s_results(rows, path, server, mon
 def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
     log = collected(rows, path)
     for name, value, said in (
-        ("BUDGET_CALLS", "11", "12 more calls on 0 are over the budget of 11"),
+        ("BUDGET_CALLS", "11", "the budget of 11 calls is used up, and 12 more are asked for"),
         (
             "BUDGET_DOLLARS",
             "0.001",
-            r"this batch may cost \$0.0\d+, and \$0.0000 of the budget of \$0.001 is spent",
+            r"the budget of \$0.001 does not allow .*: \$0.0000 is spent, the next may cost \$0\.\d",
         ),
     ):
         monkeypatch.setenv(name, value)
@@ -370,3 +344,22 @@ def test_models_without_a_batch_api_are_named(rows, path, monkeypatch):
         monkeypatch.setenv("TEACHER_MODEL", model)
         with pytest.raises(RunStopped, match=f"'{model}' has no Batch API"):
             answer_requests(collected(rows, path, model=model, personas=("",)))
+
+
+def test_a_busy_log_stops_the_batch_without_a_traceback(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]),
+        tmp_path / "notebooks" / "01_correctness.ipynb",
+    )
+    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(
+        command, "_execute", lambda path, *rest, **more: command.Run(path, None, "Collected")
+    )
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path / "mine"))
+    log = tmp_path / "mine" / "correctness" / "calls.jsonl"
+    log.parent.mkdir(parents=True)
+    with FileLock(f"{log}.lock"):
+        assert command.run_in_batches([]) == 1
+    assert "01_correctness.ipynb: stopped:" in (said := capsys.readouterr().err)
+    assert "another process is recording to this log" in said

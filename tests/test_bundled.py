@@ -1,5 +1,6 @@
 """What is committed: the bundled snapshot, the notebooks, the README."""
 
+import ast
 import collections
 import json
 import os
@@ -21,12 +22,12 @@ from helpers import (
     load_rows,
     pairwise_report,
     read_score,
-    resolve_orders,
     resolve_pairwise_events,
     with_intervals,
 )
+from helpers.judge import resolve_orders
+from helpers.rows import DATA
 from helpers.settings import SETTINGS
-from helpers.snapshots import DATA
 
 CORRECTNESS, PAIRWISE, SINGLE = FOLDERS = (
     DATA / "correctness",
@@ -371,35 +372,64 @@ def test_importing_the_helpers_is_cheap_and_quiet():
     assert run.stdout.strip() == "[] []" and not run.stderr
 
 
-def test_imports_point_back_up_the_list():
-    order = [
-        "settings",
-        "snapshots",
-        "models",
-        "costs",
-        "calls",
-        "documents",
-        "embeddings",
-        "datasets",
-        "replies",
-        "grading",
-        "judging",
-        "student",
-        "pairs",
-        "finetuning",
-        "hosted",
-        "metrics",
-        "pair_metrics",
-        "grade_metrics",
-        "report",
-    ]
-    for number, name in enumerate(order):
-        text = (ROOT / "notebooks" / "helpers" / f"{name}.py").read_text()
-        for imported in re.findall(r"^from \.(\w+) import", text, re.M):
-            assert order.index(imported) < number, f"{name} imports {imported}"
+LESSON = """settings rows log embeddings generate replies judge student pairs finetune metrics
+grade_metrics pair_metrics report""".split()
+LIVE = "budget models check collect documents embeddings finetuning published".split()
+HELPERS = ROOT / "notebooks" / "helpers"
+
+
+def imports_of(path):
+    """(level, module) of each import from the package in a file, indented ones included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.level, name.split(".")[0]) for name in names)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            name = getattr(node, "module", None) or node.names[0].name
+            assert not name.startswith("helpers"), f"{path.name}: import {name} relatively"
+
+
+def test_imports_point_back_up_the_list_and_the_lesson_never_imports_live():
+    assert {path.stem for path in HELPERS.glob("*.py")} == {*LESSON, "__init__", "__main__"}
+    assert {path.stem for path in (HELPERS / "live").glob("*.py")} == {*LIVE, "__init__"}
+    for place, name in enumerate(LESSON):
+        for level, module in imports_of(HELPERS / f"{name}.py"):
+            assert level == 1 and module in LESSON[:place], f"{name} imports {module}"
+    for place, name in enumerate(LIVE):
+        for level, module in imports_of(HELPERS / "live" / f"{name}.py"):
+            known = LESSON if level == 2 else LIVE[:place]
+            assert module in known, f"live/{name} imports {module}"
+
+
+def test_imports_that_are_indented_are_seen(tmp_path):
+    (tmp_path / "a.py").write_text("def f():\n    if 1:\n        from .live.models import live\n")
+    assert list(imports_of(tmp_path / "a.py")) == [(1, "live")]
 
 
 def test_the_pins_are_in_the_lock():
     lock = set((ROOT / "requirements.lock").read_text().splitlines())
     pins = re.findall(r"^(\S+==\S+)", (ROOT / "requirements.txt").read_text(), re.M)
     assert len(pins) > 15 and not [pin for pin in pins if pin not in lock]
+
+
+def test_importing_the_helpers_leaves_pandas_as_it_is():
+    program = (
+        "import pandas as pd; before = pd.get_option('display.width'); import helpers; "
+        "print(before == pd.get_option('display.width'))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "notebooks")}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert run.stdout.strip() == "True", run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_a_kernel_that_dies_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+    from helpers import __main__ as command
+
+    cell = nbformat.v4.new_code_cell("import os\nos._exit(1)")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbformat.write(notebook, tmp_path / "01_correctness.ipynb")
+    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(command, "BUILD", tmp_path / "build")
+    assert command.run([]) == 1
+    assert "01_correctness.ipynb: stopped: its kernel died" in capsys.readouterr().err

@@ -15,19 +15,10 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.evaluation import CorrectnessEvaluator
 from llama_index.core.llms import MockLLM
 
-from helpers import (
-    CallFailed,
-    CallLog,
-    Collected,
-    LocalJudge,
-    MissingCall,
-    fill,
-    finetuning_events,
-    judge_rows,
-    load_rows,
-    run_stage,
-)
-from helpers.snapshots import call_key, make_row
+from helpers import CallLog, fill, finetuning_events, judge_rows, load_rows
+from helpers.log import Collected, MissingCall, call_key, make_row, run_stage
+from helpers.settings import CallFailed
+from helpers.student import LocalJudge
 
 
 def judged(rows, log, live=None, concurrency=16, **settings):
@@ -141,8 +132,7 @@ def test_a_live_failure_is_an_invalid_row_and_is_asked_again(path, rows):
     done, events = judged(rows, CallLog(path, "record"), FakeLive(broken="Question 5?"))
     assert [i for i, row in enumerate(done) if row["evaluations"][0]["score"] is None] == [5]
     assert (
-        done[5]["evaluations"][0]["invalid"]
-        == "the call failed: ConnectionError: the line is dead (asked 6 times)"
+        done[5]["evaluations"][0]["invalid"] == "the call failed: ConnectionError: the line is dead"
     )
     assert [event["row"] for event in events] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], (
         "a failed call leaves no event"
@@ -440,15 +430,10 @@ def test_key_and_row_agree():
     assert make_row(call, "r")["key"] == call_key(**call)
 
 
-def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing_twice(
-    path, rows, monkeypatch
-):
+def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing_twice(path, rows):
     """Rows that were written while a flush was under way, and whose tasks were cancelled before the next."""
     log, live = CallLog(path, "record"), FakeLive()
     many = [{**row, "question": f"{row['question']} {i}"} for i in range(3) for row in rows]
-
-    def slow(file):
-        time.sleep(0.05)
 
     async def interrupted():
         task = asyncio.ensure_future(
@@ -467,47 +452,12 @@ def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing
             many, CorrectnessEvaluator(llm=log.llm("m", live, params={"temperature": 0})), name="t"
         )
 
-    monkeypatch.setattr("os.fsync", slow)
     done = asyncio.run(interrupted())
     written = load_rows(path)
     assert (
         live.count == len(many) == len(written) == len({row["key"] for row in written}) == len(log)
     )
     assert all(row["evaluations"][0]["score"] for row in done)
-
-
-def test_a_flush_that_fails_once_loses_no_row_in_silence_and_blocks_none(path, monkeypatch):
-    log, real, calls = CallLog(path, "record"), os.fsync, []
-
-    def fsync(file):
-        calls.append(file)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        time.sleep(0.01)
-        real(file)
-
-    def row(i):
-        return make_row({"model": "m", "messages": [], "params": {}, "sample": i}, f"reply {i}")
-
-    async def go():
-        soon = [asyncio.ensure_future(log.append_soon(row(i))) for i in range(6)]
-        await asyncio.sleep(0)
-        for i in range(6, 9):
-            try:
-                log.append(row(i))
-            except OSError:
-                pass
-            await asyncio.sleep(0.005)
-        return await asyncio.wait_for(asyncio.gather(*soon, return_exceptions=True), 5)
-
-    monkeypatch.setattr("os.fsync", fsync)
-    outcomes = asyncio.run(go())
-    held = {one["sample"] for one in load_rows(path)}
-    assert held == {one["sample"] for one in log.rows()} and len(log) == len(held)
-    for i, outcome in enumerate(outcomes):
-        assert (i in held) == (not isinstance(outcome, OSError)), (
-            "a row that is not kept must be said"
-        )
 
 
 def test_equal_calls_go_one_by_one_even_after_a_failure(path, rows):

@@ -10,28 +10,31 @@ from server import Server, answer
 
 from helpers import (
     CallLog,
-    MissingCall,
-    RunStopped,
     check_run,
     cost_table,
     embedding_of,
     judge_rows,
     live,
     load_rows,
-    local_embedding,
     models_of,
-    training_cost,
 )
-from helpers.costs import (
-    PRICES,
+from helpers.embeddings import local_embedding
+from helpers.live import models
+from helpers.live.budget import (
+    MAX_TOKENS,
     PROMPT_TOKENS,
+    THINKING_TOKENS,
+    Budget,
     price_of,
     prompt_tokens,
     tokens_of,
     training_price_of,
 )
-from helpers.models import MAX_TOKENS, THINKING_TOKENS, unreachable
-from helpers.snapshots import DATA, make_row
+from helpers.live.check import unreachable
+from helpers.live.models import access
+from helpers.log import MissingCall, make_row
+from helpers.rows import DATA
+from helpers.settings import RunStopped
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def test_prices(monkeypatch):
         price_of("gpt-4.1")
         == price_of("gpt-4.1-2025-04-14")
         == price_of("gpt-4.1@http://127.0.0.1:1/v1")
-        == PRICES["gpt-4.1"]
+        == (2.0, 8.0)
     )
     assert price_of("gpt-4.1-turbo") is price_of(
         "ft:gpt-4.1-2025-04-14:org::id"
@@ -139,8 +142,8 @@ def test_a_cap_in_money_holds_for_calls_under_way_too(many, tmp_path, monkeypatc
         assert len(server.bodies) == held
         monkeypatch.setenv("BUDGET_DOLLARS", "1")
         log, _ = judged(many, path, server)
-        assert len(server.bodies) == 60 and log.ledger.spent() == pytest.approx(paid(server))
-        assert log.ledger.spent() == pytest.approx(CallLog(path).ledger.spent()), (
+        assert len(server.bodies) == 60 and Budget.of(log).spent() == pytest.approx(paid(server))
+        assert Budget.of(log).spent() == pytest.approx(Budget.of(CallLog(path)).spent()), (
             "what is added up while it runs is what the log says"
         )
 
@@ -167,7 +170,7 @@ def test_money_spent_by_a_persona_counts_from_the_start(rows, tmp_path, monkeypa
         assert load_rows(path)[0]["model"] == "gpt-4.1-terse" and {
             body["model"] for body in server.bodies
         } == {"gpt-4.1"}
-        assert CallLog(path).ledger.spent() == pytest.approx(paid(server)) and paid(server) > 0
+        assert Budget.of(CallLog(path)).spent() == pytest.approx(paid(server)) and paid(server) > 0
         monkeypatch.setenv("BUDGET_DOLLARS", f"{paid(server):.6f}")
         with pytest.raises(RunStopped, match="0 of 12 rows were done"):
             judged([{**row, "question": "Another?"} for row in rows], path, server, "gpt-4.1")
@@ -296,9 +299,9 @@ def test_the_check_names_all_that_is_wrong_before_anything_is_paid(tmp_path, mon
         assert part in said, said
     assert not server.bodies
     monkeypatch.setenv("JUDGE_MODE", "replay")
-    assert set(check_run(log, models_of(tmp_path / "other"), calls)["endpoint"][:3]) == {
-        "not asked"
-    }
+    assert set(
+        check_run(CallLog(log.path), models_of(tmp_path / "other"), calls)["endpoint"][:3]
+    ) == {"not asked"}
     assert (
         check_run(log, {"embedding": "minilm"}, {"embedding": 9}).loc["in all", "calls at most"]
         == 0
@@ -331,12 +334,13 @@ def test_the_check_tells_a_bad_key_from_a_server_that_lists_no_models(status, sa
 def test_hugging_face_is_asked_for_its_models(monkeypatch):
     assert "no key for 'hf:org/m': set HF_TOKEN" in unreachable("hf:org/m@http://127.0.0.1:1/v1")
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
+    assert access("hf:org/m") == ("https://router.huggingface.co/v1", "hf_notatoken0000")
     with Server(models=("org/m",)) as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url.removesuffix("/v1"))
-        assert unreachable("hf:org/m") == "" and "there is no such model" in unreachable(
-            "hf:org/other"
-        )
-        assert ("GET", "/api/models/org/m") in server.requests
+        monkeypatch.setattr(models, "HUGGING_FACE", server.url)
+        assert unreachable("hf:org/m") == ""
+        assert "does not have it, but org/m" in unreachable("hf:org/other")
+        assert ("GET", "/v1/models/org/m") in server.requests
+        assert server.headers[0]["Authorization"] == "Bearer hf_notatoken0000"
 
 
 def test_a_hosted_student_is_in_the_bill(tmp_path, monkeypatch):
@@ -379,7 +383,7 @@ def test_a_hosted_embedding_is_paid_for_once(tmp_path, monkeypatch):
         monkeypatch.setenv("PRICES", "text-embedding-3-small=0.02/0")
         assert (
             cost_table(log)["calls"]["in all"].item() == 100
-            and 0 < CallLog(log.path).ledger.spent() < 1e-4
+            and 0 < Budget.of(CallLog(log.path)).spent() < 1e-4
         )
     monkeypatch.setenv("JUDGE_MODE", "replay")
     again = embedding_of("text-embedding-3-small", CallLog(log.path))
@@ -390,3 +394,33 @@ def test_a_hosted_embedding_is_paid_for_once(tmp_path, monkeypatch):
     with pytest.raises(MissingCall):
         again.get_text_embedding("Another.")
     assert embedding_of("minilm", log) is local_embedding()
+
+
+def test_a_hosted_embedding_lets_other_calls_go_on_and_waits_for_room(rows, tmp_path, monkeypatch):
+    """One place is left in the budget, and a chat holds it for a while."""
+    monkeypatch.setenv("BUDGET_CALLS", "2")
+    with Server(delay=0.3) as server:
+        log = CallLog(tmp_path / "c.jsonl")
+        embedding = embedding_of(f"text-embedding-3-small@{server.url}", log)
+        llm = log.llm("gpt-4.1", live(f"gpt-4.1@{server.url}"))
+        ticks = []
+
+        async def tick():
+            while True:
+                ticks.append(1)
+                await asyncio.sleep(0.02)
+
+        async def go():
+            ticking = asyncio.ensure_future(tick())
+            await asyncio.gather(
+                llm.acomplete("Who?"), embedding.aget_query_embedding("A text."), run_later()
+            )
+            ticking.cancel()
+
+        async def run_later():
+            await asyncio.sleep(0.05)
+            with pytest.raises(RunStopped, match="the budget of 2 calls is used up"):
+                await embedding.aget_query_embedding("Another text.")
+
+        asyncio.run(go())
+        assert len(log) == 2 and len(ticks) > 10

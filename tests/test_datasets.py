@@ -14,14 +14,14 @@ from helpers import (
     CallLog,
     SnapshotReader,
     answer_questions,
-    clean_question,
     deal,
     embeddings,
     generate_questions,
     load_rows,
-    local_embedding,
 )
-from helpers.snapshots import DATA
+from helpers.embeddings import local_embedding
+from helpers.generate import clean_question
+from helpers.rows import DATA
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_an_empty_reference_names_its_chunk_and_the_way_out(tmp_path):
 
     with pytest.raises(
         ValueError,
-        match="a chunk of 'Page 1': an empty reply .* to 'What of 1\\?'; to have it asked again",
+        match="a chunk of 'Page 1': an empty reply .* to 'What of 1\\?'; to ask for it again",
     ):
         asyncio.run(
             generate_questions(

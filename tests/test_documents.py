@@ -7,8 +7,11 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 import wikipedia.wikipedia as package
+from llama_index.core import Document
 
-from helpers import SnapshotReader, UnreadPages, Wikipedia, documents
+from helpers import SnapshotReader, live_reader
+from helpers.generate import UnreadPages
+from helpers.live.documents import Wikipedia
 
 TEXTS = {
     "History of Oslo": "Oslo was founded around 1040.",
@@ -115,22 +118,22 @@ def api(monkeypatch, tmp_path):
 def test_pages_are_read_by_their_titles_and_frozen_at_once(api, monkeypatch):
     monkeypatch.setenv("WIKIPEDIA_USER_AGENT", "judges/1.0 (me@example.org)")
     pages = ["History of Bergen", "History of Oslo", "Old Oslo"]
-    read = SnapshotReader().load_data(pages=pages)
+    read = SnapshotReader(live_reader()).load_data(pages=pages)
     assert [document.text for document in read] == [TEXTS[title] for title in pages]
     assert [document.metadata["title"] for document in read] == pages
     assert api.agents == {"judges/1.0 (me@example.org)"} and not api.searches, (
         "a search may end at another page"
     )
     before = len(api.asked)
-    again = SnapshotReader().load_data(pages=pages)
+    again = SnapshotReader(live_reader()).load_data(pages=pages)
     monkeypatch.setenv("JUDGE_MODE", "replay")
-    replayed = SnapshotReader().load_data(pages=pages)
+    replayed = SnapshotReader(live_reader()).load_data(pages=pages)
     assert [d.text for d in again] == [d.text for d in replayed] == [d.text for d in read] and len(
         api.asked
     ) == before
-    assert "example.org" in documents.Wikipedia(
+    assert "example.org" in Wikipedia(
         "x (y@example.org)"
-    ).user_agent and documents.Wikipedia().user_agent.startswith("judges/1.0")
+    ).user_agent and Wikipedia().user_agent.startswith("judges/1.0")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_one_bad_page_is_reported_and_the_others_are_kept(api, bad, refuse, said
     if refuse:
         api.refuse[bad] = refuse
     with pytest.raises(UnreadPages) as caught:
-        SnapshotReader().load_data(pages=[bad, "History of Oslo"])
+        SnapshotReader(live_reader()).load_data(pages=[bad, "History of Oslo"])
     assert f"  {bad}: {said}" in str(caught.value) and "1 of 2 pages could not be read" in str(
         caught.value
     )
@@ -154,13 +157,19 @@ def test_one_bad_page_is_reported_and_the_others_are_kept(api, bad, refuse, said
         refuse and refuse[0], 2 if "disambiguation" in bad else 1
     )
     before = len(api.asked)
-    assert SnapshotReader().load_data(pages=["History of Oslo"])[0].text == TEXTS["History of Oslo"]
+    assert (
+        SnapshotReader(live_reader()).load_data(pages=["History of Oslo"])[0].text
+        == TEXTS["History of Oslo"]
+    )
     assert len(api.asked) == before, "the good page was read again"
 
 
 def test_what_fails_for_a_while_is_asked_again(api):
     api.refuse["History of Oslo"] = 503, 2
-    assert SnapshotReader().load_data(pages=["History of Oslo"])[0].text == TEXTS["History of Oslo"]
+    assert (
+        SnapshotReader(live_reader()).load_data(pages=["History of Oslo"])[0].text
+        == TEXTS["History of Oslo"]
+    )
 
 
 def test_what_to_read_is_a_setting(api, monkeypatch):
@@ -168,7 +177,7 @@ def test_what_to_read_is_a_setting(api, monkeypatch):
     with pytest.raises(
         ValueError, match="DOCUMENTS='encyclopaedia': expected bundled or wikipedia"
     ):
-        SnapshotReader()
+        SnapshotReader(live_reader())
 
 
 def test_wikipedia_itself_is_talked_to_in_private(monkeypatch):
@@ -178,3 +187,24 @@ def test_wikipedia_itself_is_talked_to_in_private(monkeypatch):
         Wikipedia("x").load_data(pages=[]) == []
         and package.API_URL == "https://en.wikipedia.org/w/api.php"
     )
+
+
+def test_two_titles_are_two_files_whatever_signs_they_hold(monkeypatch, tmp_path):
+    titles = ["AC/DC", "AC DC", "AC_DC", "What? A: <B>|*", "100 %"]
+
+    class Reader:
+        def load_data(self, pages):
+            return [Document(text=f"The text of {pages[0]}.")]
+
+    monkeypatch.setenv("JUDGE_MODE", "record")
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path / "mine"))
+    read = SnapshotReader(Reader()).load_data(pages=[*titles, titles[0]])
+    assert [one.text for one in read] == [f"The text of {title}." for title in [*titles, titles[0]]]
+    files = [path.name for path in (tmp_path / "mine" / "documents").iterdir()]
+    assert len(files) == 5 and not set("".join(files)) & set('/\\:*?"<>|')
+
+
+def test_the_package_s_own_requests_come_back(api):
+    before = package.requests
+    SnapshotReader(live_reader()).load_data(pages=["History of Oslo"])
+    assert package.requests is before

@@ -10,7 +10,6 @@ from llama_index.core.evaluation import CorrectnessEvaluator
 
 from helpers import (
     CallLog,
-    DamagedFile,
     LocalFinetuneEngine,
     check_events,
     count_tokens,
@@ -20,8 +19,8 @@ from helpers import (
     save_events,
     training_cost,
 )
-from helpers.finetuning import majority
-from helpers.snapshots import DATA
+from helpers.finetune import majority
+from helpers.rows import DATA, DamagedFile
 
 
 @pytest.fixture
@@ -149,3 +148,15 @@ def test_contradicting_verdicts_on_one_prompt_are_a_tie():
         and majority({"A": 1 / 3, "B": 2 / 3}) == "B"
     )
     assert majority({"C": 0.4, "A": 0.4, "B": 0.2}) == "C"
+
+
+def test_a_block_within_a_block_leaves_the_outer_one_whole(tmp_path, rows):
+    judge = CorrectnessEvaluator(
+        llm=CallLog(tmp_path / "c.jsonl", "record").llm("m", FakeLive(), params={"temperature": 0})
+    )
+    with finetuning_events() as outer:
+        asyncio.run(judge_rows(rows[:2], judge, name="a"))
+        with finetuning_events() as inner:
+            asyncio.run(judge_rows(rows[2:5], judge, name="b"))
+        asyncio.run(judge_rows(rows[5:6], judge, name="c"))
+    assert (len(inner), len(outer)) == (3, 6)

@@ -12,18 +12,14 @@ from llama_index.core.evaluation import CorrectnessEvaluator
 
 from helpers import (
     CallLog,
-    Collected,
-    DamagedFile,
     ExtractiveAnswerer,
     LocalFinetuneEngine,
-    LocalJudge,
     SingleGradingEvaluator,
     Student,
     answer_in_context,
     compare_designs,
     compare_graders,
     correctness_report,
-    datasets,
     embeddings,
     fill,
     finetuning_events,
@@ -36,7 +32,6 @@ from helpers import (
     plot_probabilities,
     pool_samples,
     probabilities_of,
-    read_prompt,
     read_score,
     read_score_tokens,
     readable_events,
@@ -48,8 +43,11 @@ from helpers import (
 )
 from helpers import student as student_module
 from helpers.grade_metrics import GRADES
-from helpers.grading import lower_median
-from helpers.snapshots import DATA, make_row
+from helpers.judge import lower_median
+from helpers.live import budget
+from helpers.log import Collected, make_row
+from helpers.rows import DATA, DamagedFile
+from helpers.student import LocalJudge, read_prompt
 
 BUNDLED = DATA / "single_grading"
 CONTEXT = "The bridge opened in 1937. Joseph Strauss was its engineer. It is painted orange. Fog is common there."
@@ -500,7 +498,7 @@ def test_the_extractive_answerer_quotes_the_nearest_sentences_in_their_order():
 def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
     rows = load_rows(BUNDLED / "test_qa.jsonl")
     extracted = [row for row in rows if row["response_data"]["model"] == "local-extractive"]
-    encoder, noise = datasets.local_embedding(), np.random.default_rng(0)
+    encoder, noise = embeddings.local_embedding(), np.random.default_rng(0)
 
     class Noisy:
         def get_text_embedding_batch(self, texts):
@@ -508,7 +506,7 @@ def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
                 scale=1e-7, size=(len(texts), 384)
             )
 
-    monkeypatch.setattr(datasets, "local_embedding", Noisy)
+    monkeypatch.setattr(embeddings, "local_embedding", Noisy)
     pairs = [
         {"question": row["question"], "context": row["response_data"]["context"]}
         for row in extracted
@@ -550,7 +548,7 @@ def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path, monkey
     )
     model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr("helpers.models.MAX_TOKENS", 5)
+    monkeypatch.setattr(budget, "MAX_TOKENS", 5)
     pairs = [{"question": "Who was it?", "context": CONTEXT}]
     llm = CallLog(tmp_path / "c.jsonl", "record").llm(
         "tiny", live(f"local:{tmp_path / 'tiny'}"), params={"temperature": 0.7}

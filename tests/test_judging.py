@@ -6,8 +6,9 @@ import pytest
 from llama_index.core.evaluation import CorrectnessEvaluator, FaithfulnessEvaluator
 from llama_index.core.llms import MockLLM
 
-from helpers import CallLog, LocalJudge, invalid_judgements, judge_rows, read_score
-from helpers.snapshots import make_row
+from helpers import CallLog, invalid_judgements, judge_rows, read_score
+from helpers.log import make_row
+from helpers.student import LocalJudge
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,9 @@ from helpers.snapshots import make_row
         ("4.0\nIt names 3 of 5 parts, in 1906.", 4),
         ("2.0\nScore: 2.0", 2),
         ("4.0\n\n## Reasoning\n1. It is right.", 4),
+        ("<think>\n3.0\nor so?\n</think>\n4.0\nGood.", 4),
+        ("4 out of 5 stars", 4),
+        ("Score (1-5): 4", 4),
     ],
 )
 def test_what_is_fairly_readable_is_read(reply, score):
@@ -48,6 +52,9 @@ def test_what_is_fairly_readable_is_read(reply, score):
     "reply, reason",
     [
         ("", "empty reply"),
+        ("1,000", "no score in the reply"),
+        ("Score: 1,000", "no score in the reply"),
+        ("<think>\nI start with\n3.0", "empty reply"),
         (" \n ", "empty reply"),
         ("I cannot judge this.", "no score in the reply"),
         ("The earthquake of 1906 killed 3,000.", "no score in the reply"),

@@ -1,6 +1,5 @@
 """The series live, end to end, against the loopback server; and what is left when a run is interrupted."""
 
-import asyncio
 import collections
 import json
 import os
@@ -17,7 +16,7 @@ from jupyter_client.manager import start_new_kernel
 from server import Server, answer
 
 from helpers import CallLog, cost_table, load_rows
-from helpers.snapshots import DATA
+from helpers.rows import DATA
 
 KEYS = {
     "OPENAI_API_KEY": "sk-proj-Qw7xVerySecret0001",

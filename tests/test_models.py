@@ -10,23 +10,27 @@ import time
 import pytest
 from aiohttp import web
 from conftest import ROOT
+from fake import FakeLive
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.evaluation import CorrectnessEvaluator
 from server import Server, answer
+from test_snapshots import FullDisk
 
 from helpers import (
     CallLog,
-    RunStopped,
     SingleGradingEvaluator,
+    check_run,
     embedding_of,
     hosted_students,
     judge_rows,
     live,
     load_rows,
-    models,
     models_of,
     name_of,
 )
+from helpers.live import models
+from helpers.live.budget import MAX_TOKENS
+from helpers.settings import RunStopped
 
 KEY = "sk-proj-Zq81xTnotAkey0000"
 
@@ -196,9 +200,9 @@ def test_what_a_server_may_ask_for():
         models.retry_after(Refused(**{"retry-after": "soon"})) is None
         and models.retry_after(Refused(**{"retry-after": "-1"})) == 0
     )
-    assert models._again(Refused(**{"retry-after": "599"})) and not models._again(
-        Refused(**{"retry-after": "601"})
-    )
+    asks_again = models.retry_policy()["retry"].predicate
+    assert asks_again(Refused(**{"retry-after": "599"}))
+    assert not asks_again(Refused(**{"retry-after": "601"}))
 
 
 def test_a_server_that_is_gone_for_a_while_loses_nothing(rows, tmp_path, monkeypatch):
@@ -303,7 +307,7 @@ def test_what_needs_openai_s_api_says_so(model, tmp_path, monkeypatch):
         hosted_students(model, tmp_path / "events.jsonl", log)
 
 
-def test_hugging_face_s_inference_class_answers_through_the_log(tmp_path, monkeypatch):
+def test_hugging_face_s_providers_answer_through_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
     with Server(
         fault=lambda body, before: answer(503, "loading") if before == 0 else None
@@ -389,25 +393,43 @@ def test_roles_are_settings_and_a_replay_takes_them_from_the_snapshot(monkeypatc
     assert models_of(tmp_path) == stand_ins, "a replay heeds no .env"
     monkeypatch.setenv("JUDGE_MODE", "record")
     monkeypatch.setenv("WRITER_MODEL", "hf:from/the-environment")
-    assert (
-        models_of(tmp_path)["answerer"] == "stand-in-answerer"
-        and not (tmp_path / "models.json").exists()
-    ), "such a run is stopped"
+    log = CallLog(tmp_path / "calls.jsonl")
+    check_run(log, models_of(tmp_path), {})
+    assert not (tmp_path / "models.json").exists(), "a run with a stand-in cannot be replayed"
     monkeypatch.setenv("ANSWERER_MODEL", "local:org/m")
     live_ones = models_of(tmp_path)
+    check_run(log, live_ones, {})
     assert live_ones == stand_ins | {
         "teacher": "gpt-4.1@http://127.0.0.1:1/v1",
         "question-writer": "hf:from/the-environment",
         "answerer": "local:org/m",
     }
     monkeypatch.setenv("ANSWERER_MODEL", "")
-    models_of(tmp_path)  # a second run, in a shell where it was forgotten, spoils nothing
+    check_run(log, models_of(tmp_path), {})  # a second run where it was forgotten spoils nothing
     monkeypatch.setenv("JUDGE_MODE", "replay")
     monkeypatch.delenv("WRITER_MODEL")
     assert models_of(tmp_path) == {role: model.split("@")[0] for role, model in live_ones.items()}
     assert name_of("gpt-4.1@http://127.0.0.1:1/v1") == "gpt-4.1" and name_of(
         "hf:mistralai/M"
     ) == "mistralai/M" == name_of("local:mistralai/M")
+
+
+def test_a_log_is_not_mixed_with_another_model_s_answers_unseen(monkeypatch, tmp_path, rows):
+    monkeypatch.setenv("JUDGE_MODE", "record")
+    with Server() as server:
+        for name in ("TEACHER_MODEL", "WRITER_MODEL", "ANSWERER_MODEL"):
+            monkeypatch.setenv(name, f"gpt-4.1@{server.url}")
+        with CallLog(tmp_path / "calls.jsonl") as log:
+            check_run(log, models_of(tmp_path), {})
+            monkeypatch.setenv("TEACHER_MODEL", f"gpt-5@{server.url}")
+            check_run(log, models_of(tmp_path), {})  # nothing was answered yet
+        judged(rows[:1], tmp_path / "calls.jsonl", server, "gpt-5")
+        monkeypatch.setenv("TEACHER_MODEL", f"gpt-6@{server.url}")
+        monkeypatch.setenv("STUDENT_MODEL", f"gpt-4.1-mini@{server.url}")  # may come later
+        said = "TEACHER_MODEL .*was recorded with 'gpt-5', and this run names 'gpt-6'.*SNAPSHOT"
+        with pytest.raises(RunStopped, match=said):
+            check_run(CallLog(tmp_path / "calls.jsonl"), models_of(tmp_path), {})
+        assert '"gpt-5"' in (tmp_path / "models.json").read_text()
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-3"])
@@ -451,10 +473,10 @@ def test_models_that_reason_are_asked_as_they_want_to_be(model, rows, tmp_path):
 
 def test_other_models_get_temperature_and_cap(rows, tmp_path):
     with Server() as server:
-        for model in ("gpt-4.1", "gpt-5-chat-latest", "llama3.1"):
+        for model in ("gpt-4.1", "gpt-5-chat-latest", "llama3.1", "gpt-35-turbo"):
             judged(rows[:1], tmp_path / f"{model}.jsonl", server, model)
         assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {
-            (0, models.MAX_TOKENS)
+            (0, MAX_TOKENS)
         }
 
 
@@ -499,7 +521,7 @@ def test_no_key_is_left_behind(rows, tmp_path, capsys):
 def test_a_log_that_another_process_writes_is_refused(tmp_path, rows):
     path = tmp_path / "c.jsonl"
     program = (
-        "import sys; from helpers.snapshots import CallLog, make_row; log = CallLog(sys.argv[1], 'record'); "
+        "import sys; from helpers.log import CallLog, make_row; log = CallLog(sys.argv[1], 'record'); "
         "log.append(make_row({'model': 'm', 'messages': [], 'params': {}, 'sample': 0}, 'x')); print('ready', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(
@@ -545,7 +567,7 @@ def test_a_log_that_cannot_be_written_is_said_before_anything_is_asked(rows, tmp
         return builtins.open(path, mode, *rest, **kwargs)
 
     monkeypatch.setattr(
-        "helpers.snapshots.open", read_only, raising=False
+        "helpers.log.open", read_only, raising=False
     )  # the tests may run as root, who may write everywhere
     with Server() as server:
         with pytest.raises(
@@ -558,26 +580,54 @@ def test_a_log_that_cannot_be_written_is_said_before_anything_is_asked(rows, tmp
 
 def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, rows, monkeypatch):
     """What cannot be kept is not asked for: no more than was under way when the disk was full."""
-    path, many, kept = (
-        tmp_path / "c.jsonl",
-        [{**row, "question": f"{row['question']} {i}"} for i in range(5) for row in rows],
-        [],
-    )
-
-    def fsync(file):
-        kept.append(file)
-        if len(kept) > 10:
-            raise OSError(28, "No space left on device")
-
+    path = tmp_path / "c.jsonl"
+    many = [{**row, "question": f"{row['question']} {i}"} for i in range(5) for row in rows]
     with Server() as server:
-        monkeypatch.setattr("os.fsync", fsync)
-        with pytest.raises(
-            RunStopped, match="an answer could not be kept.*No space left on device"
-        ):
-            judged(many, path, server, concurrency=4)
-        monkeypatch.undo()
-        asked, held = len(server.bodies), len(CallLog(path, "replay"))
-        assert 10 <= held <= asked <= 10 * 4 + 4, "a flush is for four calls at most"
+        with monkeypatch.context() as patch:
+            open_to_write = CallLog.open_to_write
+
+            def full(log):
+                if not isinstance(open_to_write(log), FullDisk):
+                    log._writer = FullDisk(log._writer, 20_000)
+                return log._writer
+
+            patch.setattr(CallLog, "open_to_write", full)
+            with pytest.raises(RunStopped, match="could not be kept.*No space left on device"):
+                judged(many, path, server, concurrency=4)
+        asked = len(server.bodies)
+        held = len(CallLog(path, "replay"))
+        assert 5 <= held < asked <= held + 4, "more was asked than was under way"
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        assert all(row["evaluations"][0]["score"] for row in judged(many, path, server))
+        done = judged(many, path, server)
+        assert all(row["evaluations"][0]["score"] for row in done)
         assert len(server.bodies) == asked + 60 - held and len(load_rows(path)) == 60
+
+
+def test_calls_that_are_told_to_wait_do_not_come_back_in_the_same_moment():
+    class Refused(Exception):
+        response = type("Response", (), {"headers": {"retry-after": "3"}, "status_code": 429})()
+
+    state = type("State", (), {"outcome": type("O", (), {"exception": lambda self: Refused()})()})
+    waits = {models._wait(state) for _ in range(16)}
+    assert len(waits) == 16 and 3 <= min(waits) and max(waits) <= 3 + models.FIRST_WAIT
+
+
+def test_an_llm_as_it_is_keeps_no_budget_and_says_so(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("BUDGET_CALLS", "5")
+    for handed, said in (
+        (FakeLive(), "BUDGET_CALLS is set, and this LLM keeps no budget.*live\\(llm\\)"),
+        (live(FakeLive()), "the budget of 5 calls is used up"),
+    ):
+        llm = CallLog(tmp_path / f"{said[:3]}.jsonl", "record").llm("m", handed)
+        with pytest.raises(RunStopped, match=said):
+            asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t"))
+
+
+def test_a_key_in_the_error_of_an_llm_as_it_is_is_not_shown(rows, tmp_path):
+    class Quotes(FakeLive):
+        async def achat(self, messages, **kwargs):
+            raise ValueError(f"bad key {KEY}")
+
+    llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", Quotes())
+    [row] = asyncio.run(judge_rows(rows[:1], CorrectnessEvaluator(llm=llm), name="t"))
+    assert row["evaluations"][0]["invalid"] == "the call failed: ValueError: bad key [key]"

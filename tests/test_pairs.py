@@ -15,11 +15,8 @@ from sklearn.metrics import cohen_kappa_score, jaccard_score
 
 from helpers import (
     CallLog,
-    DamagedFile,
     LocalFinetuneEngine,
     PairJudge,
-    PairStudent,
-    answer_lengths,
     answer_pairs,
     check_events,
     compare_pair_students,
@@ -32,16 +29,16 @@ from helpers import (
     pair_scores,
     pairwise_report,
     position_report,
-    read_pair_prompt,
-    read_verdict,
-    resolve_orders,
     resolve_pairwise_events,
     save_events,
     show_pair,
     untrained_pair_judges,
 )
-from helpers.pairs import answer_features
-from helpers.snapshots import DATA
+from helpers.judge import resolve_orders
+from helpers.pair_metrics import answer_lengths
+from helpers.pairs import PairStudent, answer_features, read_pair_prompt
+from helpers.replies import read_verdict
+from helpers.rows import DATA, DamagedFile
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,6 +87,7 @@ def judged(rows, llm, name="t", **settings):
         ("First I thought [[A]].\nBut: [[B]]", "B"),
         ("[[A]]\nSince B is wrong.", "A"),
         ("[[A]] - it is right.", "A"),
+        ("<think>\nMaybe [[A]]\n</think>\nB is better: [[B]]", "B"),
     ],
 )
 def test_a_verdict_is_read_by_the_last_line_that_is_one(reply, verdict):
@@ -99,6 +97,7 @@ def test_a_verdict_is_read_by_the_last_line_that_is_one(reply, verdict):
 @pytest.mark.parametrize(
     "reply, reason",
     [
+        ("<think>\nMaybe [[A]]\n</think>\nB is better.", "no verdict in the reply"),
         ("", "empty reply"),
         ("A is better.", "no verdict in the reply"),
         ("[A]", "no verdict in the reply"),

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from helpers import published
+from helpers.live import published
 
 TEXTS = {name: f"{name}\n".encode() * 1000 for name in list(published.FILES)[:3]}
 

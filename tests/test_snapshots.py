@@ -1,22 +1,17 @@
 """Rows on disk, folders, and the call log."""
 
 import json
+import os
 import re
+import threading
 import tracemalloc
 import warnings
 
 import pytest
 
-from helpers import (
-    CallLog,
-    DamagedFile,
-    judge_mode,
-    load_rows,
-    output_folder,
-    save_rows,
-    snapshot_folder,
-)
-from helpers.snapshots import DATA, call_key, make_row
+from helpers import CallLog, judge_mode, load_rows, output_folder, save_rows, snapshot_folder
+from helpers.log import call_key, make_row
+from helpers.rows import DATA, DamagedFile, write_text
 
 
 def call(i: int = 0, **changes) -> dict:
@@ -121,23 +116,63 @@ def test_a_row_that_lacks_only_its_line_end_counts(path):
     assert log.get(call_key(**call(3)))["response"] == "response 3"
 
 
-def test_a_flush_that_fails_spoils_no_line_that_lacks_its_end(path, monkeypatch):
-    def full(file):
-        monkeypatch.undo()
-        raise OSError("No space left on device")
+class FullDisk:
+    """A log's file on a disk that takes so many bytes more."""
 
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("room", [0, 1, 40])
+def test_a_full_disk_spoils_no_line_and_writing_goes_on_when_there_is_room(path, room):
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     log = CallLog(path, "record")
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError):
-        log.append(make_row(call(3), "response 3"))
+    log._writer = FullDisk(log.open_to_write(), room)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left on device"):
+            log.append(make_row(call(3), "response 3"))
+        assert log.get(call_key(**call(3))) is None and len(log) == 3
+    log._writer.room = 10**6
     log.append(make_row(call(4), "response 4"))
+    log.close()
     assert [row["response"] for row in CallLog(path, "replay").rows()] == [
         "response 0",
         "response 1",
         "response 2",
         "response 4",
     ]
+
+
+def test_the_disk_is_synced_about_once_a_second_and_at_the_end(path, monkeypatch):
+    synced, now = [], [100.0]
+    monkeypatch.setattr("os.fsync", synced.append)
+    monkeypatch.setattr("helpers.log.time.monotonic", lambda: now[0])
+    with CallLog(path, "record") as log:
+        for i in range(3, 33):
+            log.append(make_row(call(i), f"response {i}"))
+            now[0] += 0.1
+        assert 2 <= len(synced) <= 4
+        before = len(synced)
+    assert len(synced) == before + 1
+
+
+def test_a_closed_log_lets_another_write(path):
+    with CallLog(path, "record") as first:
+        first.append(make_row(call(3), "response 3"))
+    second = CallLog(path, "record")
+    second.append(make_row(call(4), "response 4"))
+    second.close()
+    assert len(CallLog(path, "replay")) == 5
 
 
 @pytest.mark.parametrize(
@@ -228,3 +263,33 @@ def test_modes_and_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_MODE", "replay")
     with pytest.raises(FileNotFoundError, match="pairwise"):
         snapshot_folder("pairwise")
+
+
+def test_a_text_is_on_disk_when_it_is_written_and_two_writers_do_not_mix(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr("os.fsync", lambda file: (synced.append(file), real(file)))
+    path = tmp_path / "note.json"
+    texts = [letter * 300_000 for letter in "abcd"]
+    threads = [threading.Thread(target=write_text, args=(path, text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in texts and len(synced) == 4
+    assert [one.name for one in tmp_path.iterdir()] == ["note.json"], "a draft was left"
+
+
+def test_a_log_that_only_reads_keeps_no_file_open(path):
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    logs = [CallLog(path, "replay") for _ in range(5)]
+    assert all(log.get(call_key(**call(1))) and len(list(log.rows())) == 3 for log in logs)
+    assert len(before) == len(os.listdir("/proc/self/fd") if before else [])
+
+
+def test_only_the_rows_since_a_former_end_are_read(path):
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    log = CallLog(path, "record")
+    end = log.end
+    log.append(make_row(call(3), "response 3"))
+    assert [row["response"] for row in log.rows(end)] == ["response 3"]
+    assert len(list(log.rows())) == 4 and list(log.rows(log.end)) == []

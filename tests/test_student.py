@@ -8,20 +8,12 @@ import pytest
 from llama_index.core.evaluation import CorrectnessEvaluator
 from scipy.special import softmax
 
-from helpers import (
-    LocalJudge,
-    Student,
-    distillation_loss,
-    embed,
-    items_of,
-    load_rows,
-    read_prompt,
-    scores_of,
-    untrained_judges,
-)
+from helpers import Student, distillation_loss, items_of, load_rows, scores_of, untrained_judges
 from helpers import student as module
-from helpers.snapshots import DATA
-from helpers.student import fit_head
+from helpers.embeddings import embed
+from helpers.pairs import answer_features
+from helpers.rows import DATA
+from helpers.student import LocalJudge, fit_head, lexical_features, read_prompt
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +187,8 @@ def test_one_question_about_many_texts_is_enough(bundled):
     assert np.corrcoef(student.held_out @ student.labels, verdicts)[0, 1] > 0.4
     with pytest.raises(ValueError, match="1 different questions .* too few"):
         Student.fit([("Why?", "Because.", item[2]) for item in items], verdicts)
+
+
+def test_features_that_are_cached_cannot_be_changed():
+    assert isinstance(lexical_features(("Who?", "Ada.", "Ada.")), tuple)
+    assert isinstance(answer_features("Who?", "It was Ada.", "Ada."), tuple)

@@ -1,44 +1,45 @@
-"""What the notebooks import. The files, in the order in which the data flows:
+"""What the notebooks import.
 
-settings, snapshots (rows, folders, the call log), models (live models), costs (budget), calls (the LLM in front of the log, stages) ->
-documents, embeddings, datasets (generate) -> replies, grading, judging (judge) -> student, pairs, finetuning, hosted (fine-tune) ->
-metrics, pair_metrics, grade_metrics, report (evaluate). Imports only ever point back up this list. Beside it, `batch` sends what was
-collected to the Batch API, `published` fetches the files of the 2023 run, and `__main__` is what make calls.
+The files, in the order in which the data flows:
+
+settings, rows, log -> embeddings, generate -> replies, judge -> student, pairs, finetune ->
+metrics, grade_metrics, pair_metrics, report. Imports only ever point back up this list.
+`__main__` is what make calls. The folder `live` is only for a run that asks a real model; the files
+here never import it, and a notebook hands its models in: `log.llm(NAME, live(NAME))`.
 """
 
-from .calls import Collected, MissingCall, fill, run_stage
-from .costs import check_run, cost_table
-from .datasets import (
+from .finetune import (
+    LocalFinetuneEngine,
+    check_events,
+    count_tokens,
+    finetuning_events,
+    readable_events,
+    resolve_pairwise_events,
+    save_events,
+)
+from .generate import (
     ExtractiveAnswerer,
+    SnapshotReader,
     answer_in_context,
     answer_pairs,
     answer_questions,
-    clean_question,
     deal,
     generate_questions,
     save_qrd,
     write_questions,
 )
-from .documents import SnapshotReader, UnreadPages, Wikipedia
-from .embeddings import embedding_of, local_embedding
-from .finetuning import (
-    LocalFinetuneEngine,
-    check_events,
-    count_tokens,
-    finetuning_events,
-    hosted_students,
-    readable_events,
-    resolve_pairwise_events,
-    save_events,
-    training_cost,
-)
 from .grade_metrics import compare_graders, grading_report, probabilities_of
-from .grading import SingleGradingEvaluator, pool_samples, score_distribution
-from .judging import judge_rows, resolve_orders
-from .metrics import clusters_of, compare_students, correctness_report, measured, scores_of
-from .models import CallFailed, live
+from .judge import SingleGradingEvaluator, judge_rows, pool_samples, score_distribution
+from .live.budget import cost_table
+from .live.check import check_run
+from .live.collect import fill
+from .live.documents import live_reader
+from .live.embeddings import embedding_of
+from .live.finetuning import hosted_students, training_cost
+from .live.models import live
+from .log import CallLog
+from .metrics import compare_students, correctness_report, measured, scores_of
 from .pair_metrics import (
-    answer_lengths,
     compare_pair_students,
     length_report,
     order_table,
@@ -46,8 +47,8 @@ from .pair_metrics import (
     pairwise_report,
     position_report,
 )
-from .pairs import PairJudge, PairStudent, read_pair_prompt, untrained_pair_judges
-from .replies import read_score, read_score_tokens, read_verdict
+from .pairs import PairJudge, untrained_pair_judges
+from .replies import read_score, read_score_tokens
 from .report import (
     compare_designs,
     invalid_judgements,
@@ -60,22 +61,6 @@ from .report import (
     versions,
     with_intervals,
 )
-from .settings import RunStopped, models_of, name_of
-from .snapshots import (
-    CallLog,
-    DamagedFile,
-    judge_mode,
-    load_rows,
-    output_folder,
-    save_rows,
-    snapshot_folder,
-)
-from .student import (
-    LocalJudge,
-    Student,
-    distillation_loss,
-    embed,
-    items_of,
-    read_prompt,
-    untrained_judges,
-)
+from .rows import DATA, judge_mode, load_rows, output_folder, save_rows, snapshot_folder
+from .settings import models_of, name_of
+from .student import Student, distillation_loss, items_of, untrained_judges

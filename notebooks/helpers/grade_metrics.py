@@ -1,50 +1,54 @@
-"""Evaluate single grading: scores and verdicts (acceptable or not) -> agreement with the teacher, each figure with its uncertainty."""
+"""Evaluate single grading: scores and verdicts -> agreement with the teacher, with intervals."""
 
 import numpy as np
 import pandas as pd
 
-from .grading import ACCEPTABLE, score_distribution
-from .metrics import _pearson, _ranks, evaluation_of, measured, paired, scores_of
-
-GRADES = (
-    "correlation",
-    "mae",
-    "accuracy",
-    "precision",
-    "recall",
-    "kappa",
-    "auc",
-    "brier",
-    "coverage",
+from .judge import ACCEPTABLE, score_distribution
+from .metrics import (
+    _pearson,
+    _ranks,
+    by_judge,
+    evaluation_of,
+    measured,
+    paired,
+    scores_of,
+    valid_rows,
 )
+
+VERDICTS = ("accuracy", "precision", "recall", "kappa")
+GRADES = ("correlation", "mae", *VERDICTS, "auc", "brier", "coverage")
 
 
 def probabilities_of(rows: list[dict], judge: str) -> np.ndarray:
-    """A judge's probability that each answer is acceptable, (rows,), NaN where its judgement is invalid.
+    """A judge's probability that each answer is acceptable, shape (rows,).
 
-    What a judge's `distribution` or `samples` put above ACCEPTABLE; the score itself of a judge that gives nothing but a score.
+    It is the probability that the judge's `distribution` or `samples` give to scores above
+    ACCEPTABLE. If the judge gives only a score, it is the score itself. NaN means an invalid
+    judgement.
     """
     probabilities = scores_of(rows, judge)
     for number, row in enumerate(rows):
-        evaluation = evaluation_of(row, number, judge)
-        if evaluation["score"] is not None and (
-            "distribution" in evaluation or "samples" in evaluation
-        ):
-            probabilities[number] = sum(
-                p for score, p in score_distribution(evaluation).items() if score > ACCEPTABLE
-            )
+        given = evaluation_of(row, number, judge)
+        if given["score"] is not None and ("distribution" in given or "samples" in given):
+            distribution = score_distribution(given)
+            accepted = [p for score, p in distribution.items() if score > ACCEPTABLE]
+            probabilities[number] = sum(accepted)
     return probabilities
 
 
 def grade_agreement(
     teacher: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
 ) -> np.ndarray:
-    """The figures of GRADES for arrays of shape (rows,); NaN scores are invalid judgements.
+    """The figures of GRADES for arrays of shape (rows,).
 
-    On the rows on which both are valid: Pearson's correlation and mean absolute error of the scores; then of the verdicts (score
-    above ACCEPTABLE) accuracy, precision and recall of "acceptable", Cohen's kappa; of the probabilities the area under the ROC
-    curve and the Brier score (0 is perfect). Coverage is the share of the teacher's valid rows on which the judge is valid too.
-    NaN where a figure is undefined.
+    A NaN score is an invalid judgement. A figure is NaN where it is undefined. Coverage is the
+    share of the teacher's valid rows on which the judge is valid too. The other figures use the
+    rows on which both are valid:
+
+    - of the scores: Pearson's correlation and the mean absolute error;
+    - of the verdicts (is the score above ACCEPTABLE?): accuracy, precision and recall of
+      "acceptable", and Cohen's kappa;
+    - of the probabilities: the area under the ROC curve and the Brier score (0 is perfect).
     """
     judged = ~np.isnan(teacher)
     both = judged & ~np.isnan(scores)
@@ -53,78 +57,74 @@ def grade_agreement(
     if not len(x):
         return np.array([np.nan] * (len(GRADES) - 1) + [coverage])
     truth, given = x > ACCEPTABLE, y > ACCEPTABLE
-    accuracy, hits = (truth == given).mean(), (truth & given).sum()
+    hits = (truth & given).sum()
+    accuracy = (truth == given).mean()
+    precision = hits / given.sum() if given.any() else np.nan
+    recall = hits / truth.sum() if truth.any() else np.nan
     expected = truth.mean() * given.mean() + (1 - truth.mean()) * (1 - given.mean())
-    return np.array(
-        [
-            _pearson(x, y),
-            np.abs(x - y).mean(),
-            accuracy,
-            hits / given.sum() if given.any() else np.nan,
-            hits / truth.sum() if truth.any() else np.nan,
-            (accuracy - expected) / (1 - expected) if expected < 1 else np.nan,
-            _auc(truth, p),
-            ((p - truth) ** 2).mean(),
-            coverage,
-        ]
-    )
+    kappa = (accuracy - expected) / (1 - expected) if expected < 1 else np.nan
+    of_scores = [_pearson(x, y), np.abs(x - y).mean()]
+    of_probabilities = [_auc(truth, p), ((p - truth) ** 2).mean()]
+    return np.array([*of_scores, accuracy, precision, recall, kappa, *of_probabilities, coverage])
 
 
 def _auc(truth: np.ndarray, p: np.ndarray) -> float:
-    """The probability that an acceptable answer is ranked above one that is not (Mann-Whitney's U over all pairs)."""
+    """The probability that an acceptable answer ranks above an unacceptable one.
+
+    It is Mann-Whitney's U divided by the number of pairs.
+    """
     positive = truth.sum()
     pairs = positive * (len(truth) - positive)
-    return (
-        float((_ranks(p)[truth].sum() - positive * (positive + 1) / 2) / pairs) if pairs else np.nan
-    )
+    if not pairs:
+        return np.nan
+    return float((_ranks(p)[truth].sum() - positive * (positive + 1) / 2) / pairs)
 
 
 def grading_report(rows: list[dict], teacher: str, judges: list[str]) -> pd.DataFrame:
-    """How close each judge comes to the teacher on single grading.
+    """Compare each judge with the teacher on single grading.
 
     Returns:
-        A row a judge. Columns: `n` (rows on which both are valid), `acceptable` (how many of these the teacher accepts), and the
-        figures of GRADES (see `grade_agreement`), then their 95 % intervals as `<figure>_low` and `<figure>_high`.
+        One row for each judge, with these columns: `n` (rows on which both are valid),
+        `acceptable` (how many of these the teacher accepts), and the figures of GRADES (see
+        `grade_agreement`). Then come the 95 % intervals, as `<figure>_low` and `<figure>_high`.
     """
     truth = scores_of(rows, teacher)
-    report = {}
-    for judge in judges:
+
+    def cells(judge: str) -> dict:
         scores, p = scores_of(rows, judge), probabilities_of(rows, judge)
         both = ~np.isnan(truth) & ~np.isnan(scores)
-        report[judge] = {
+        return {
             "n": int(both.sum()),
             "acceptable": int((truth[both] > ACCEPTABLE).sum()),
             **measured(rows, GRADES, lambda at: grade_agreement(truth[at], scores[at], p[at])),
         }
-    return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
+
+    return by_judge(judges, cells)
 
 
 def compare_graders(rows: list[dict], teacher: str, student: str, other: str) -> pd.DataFrame:
-    """Is `student` closer to the teacher than `other`, on the very same rows? As `paired`, for `mae`, `accuracy`, `auc` and `brier`.
+    """Compare how close `student` and `other` are to the teacher, on the same rows.
+
+    Returns:
+        The table of `paired`, for `mae`, `accuracy`, `auc` and `brier`. It uses the rows on which
+        all three judgements are valid.
 
     Raises:
-        ValueError: no row is left on which all three are valid.
+        ValueError: There is no such row.
     """
     names = ("mae", "accuracy", "auc", "brier")
+    rows = valid_rows(rows, (teacher, student, other))
     truth = scores_of(rows, teacher)
-    ours, theirs = (
-        np.stack([scores_of(rows, judge), probabilities_of(rows, judge)], axis=1)
-        for judge in (student, other)
-    )
-    valid = ~np.isnan(truth + ours[:, 0] + theirs[:, 0])
-    if not valid.any():
-        raise ValueError(f"no row on which {teacher}, {student} and {other} are all valid")
-    rows, truth = [row for row, keep in zip(rows, valid) if keep], truth[valid]
-    # A ranking is a judge's own: exchanged are ranks, for of two judges' probabilities together one may always stand above the other.
-    ours, theirs = (
-        np.column_stack([said[valid], _ranks(said[valid, 1])]) for said in (ours, theirs)
-    )
+
+    def said_by(judge: str) -> np.ndarray:
+        p = probabilities_of(rows, judge)
+        return np.column_stack([scores_of(rows, judge), p, _ranks(p)])
 
     def figures(said: np.ndarray, at: np.ndarray) -> np.ndarray:
-        figure = dict(
-            zip(GRADES, grade_agreement(truth[at], said[:, 0], said[:, 1])),
-            auc=_auc(truth[at] > ACCEPTABLE, said[:, 2]),
-        )
+        scores, p, ranks = said.T
+        figure = dict(zip(GRADES, grade_agreement(truth[at], scores, p)))
+        # `paired` swaps judges. Swap ranks, not probabilities: the judges may use different scales.
+        figure["auc"] = _auc(truth[at] > ACCEPTABLE, ranks)
         return np.array([figure[name] for name in names])
 
-    return paired(rows, names, figures, student, ours, other, theirs)
+    return paired(rows, names, figures, student, said_by(student), other, said_by(other))

@@ -1,7 +1,8 @@
-"""Evaluate: judgements -> agreement with the teacher, and how sure one can be of it."""
+"""Evaluate judgements: the agreement with the teacher, and its uncertainty."""
 
 import warnings
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -10,39 +11,57 @@ LEVEL = 0.95
 RESAMPLES = 1000
 METRICS = ("correlation", "spearman", "kappa", "mae", "coverage")
 
+# A function of an array of row numbers. It returns one figure, or an array of figures.
+Statistic = Callable[[np.ndarray], float | np.ndarray]
+
 
 def evaluation_of(row: dict, number: int, judge: str) -> dict:
-    """A judge's evaluation of a row, whose `number` is for the error only.
+    """A judge's evaluation of a row. The error message shows `number`.
 
     Raises:
-        KeyError: there is none, or more than one.
+        KeyError: The row has no evaluation by that judge, or more than one.
     """
-    given = [evaluation for evaluation in row.get("evaluations", []) if evaluation["llm"] == judge]
+    evaluations = row.get("evaluations", [])
+    given = [evaluation for evaluation in evaluations if evaluation["llm"] == judge]
     if len(given) != 1:
         raise KeyError(
-            f"row {number} has {len(given)} judgements by {judge!r}, expected one; it has "
-            f"{[evaluation['llm'] for evaluation in row.get('evaluations', [])]}"
+            f"row {number} has {len(given)} judgements by {judge!r}, expected one; the judges of "
+            f"this row are {[evaluation['llm'] for evaluation in evaluations]}"
         )
     return given[0]
 
 
 def scores_of(rows: list[dict], judge: str) -> np.ndarray:
-    """A judge's score for each row, shape (rows,), with NaN where the judgement is invalid.
+    """A judge's score for each row, shape (rows,). NaN means an invalid judgement.
 
     Raises:
-        KeyError: a row has no judgement by that judge, or more than one.
+        KeyError: A row has no judgement by that judge, or more than one.
     """
-    return np.array(
-        [evaluation_of(row, number, judge)["score"] for number, row in enumerate(rows)], dtype=float
-    )
+    scores = [evaluation_of(row, number, judge)["score"] for number, row in enumerate(rows)]
+    return np.array(scores, dtype=float)
+
+
+def valid_rows(rows: list[dict], judges: Sequence[str]) -> list[dict]:
+    """The rows on which the judgements of all `judges` are valid.
+
+    Raises:
+        ValueError: There is no such row.
+    """
+    scores = np.array([scores_of(rows, judge) for judge in judges])
+    invalid: np.ndarray = np.isnan(scores).any(axis=0)
+    if invalid.all():
+        names = f"{', '.join(judges[:-1])} and {judges[-1]}"
+        raise ValueError(f"no row on which {names} are all valid")
+    return [row for row, out in zip(rows, invalid) if not out]
 
 
 def agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    """The figures of METRICS for two score arrays of shape (rows,); NaN scores are invalid judgements.
+    """The figures of METRICS for two arrays of scores, each of shape (rows,).
 
-    Correlation (Pearson's), Spearman's, kappa and the mean absolute error are over the rows on which both are valid;
-    coverage is the share of the teacher's valid rows on which the student is valid too. NaN where a figure is undefined
-    (a constant judge has no correlation).
+    A NaN score is an invalid judgement. A figure is NaN where it is undefined: for example, a
+    constant judge has no correlation. Pearson's correlation, Spearman's correlation, kappa and the
+    mean absolute error use the rows on which both judgements are valid. Coverage is the share of
+    the teacher's valid rows on which the student is valid too.
     """
     judged = ~np.isnan(teacher)
     both = judged & ~np.isnan(student)
@@ -50,22 +69,17 @@ def agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     x, y = teacher[both], student[both]
     if not len(x):
         return np.array([np.nan, np.nan, np.nan, np.nan, coverage])
-    return np.array(
-        [
-            _pearson(x, y),
-            _pearson(_ranks(x), _ranks(y)),
-            quadratic_kappa(x, y),
-            np.abs(x - y).mean(),
-            coverage,
-        ]
-    )
+    spearman = _pearson(_ranks(x), _ranks(y))
+    error = np.abs(x - y).mean()
+    return np.array([_pearson(x, y), spearman, quadratic_kappa(x, y), error, coverage])
 
 
 def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
-    """Cohen's kappa with quadratic weights (Cohen 1968): 1 minus observed over expected squared difference.
+    """Cohen's kappa with quadratic weights (Cohen 1968).
 
-    For scores on an evenly spaced scale this is scikit-learn's cohen_kappa_score(weights="quadratic"); written this way it
-    needs no categories, so it takes a student that answers 3.7 as it is.
+    It is 1 minus the observed over the expected squared difference. On an evenly spaced scale it
+    equals scikit-learn's cohen_kappa_score(weights="quadratic"). This form needs no categories,
+    so a student may answer 3.7.
     """
     expected = np.mean(x**2) + np.mean(y**2) - 2 * x.mean() * y.mean()
     return float(1 - np.mean((x - y) ** 2) / expected) if expected > 1e-12 else np.nan
@@ -78,59 +92,65 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean: scipy's rankdata, whose checks take ten times as long in each of thousands of draws."""
+    """Ranks from 1. Equal values share the mean of their ranks.
+
+    scipy's rankdata gives the same ranks. Its checks make it ten times as slow, and the bootstrap
+    calls this function thousands of times.
+    """
     _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[place]
 
 
 def clusters_of(rows: list[dict]) -> list[np.ndarray]:
-    """The rows' numbers, grouped by `document`; rows without one stand alone (as in the published files)."""
-    groups: dict = {}
+    """The rows' numbers, grouped by `document`.
+
+    A row without a document is a group of its own. The published files have such rows.
+    """
+    groups: dict[Hashable, list[int]] = {}
     for number, row in enumerate(rows):
         document = row.get("document")
-        groups.setdefault(("row", number) if document is None else document, []).append(number)
+        group = ("row", number) if document is None else document
+        groups.setdefault(group, []).append(number)
     return [np.array(group) for group in groups.values()]
 
 
-def interval(rows: list[dict], statistic) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % interval of a statistic, from scipy's percentile bootstrap: the outer ends of two, of whole documents and of rows.
+def interval(rows: list[dict], statistic: Statistic) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % interval of a statistic, from scipy's percentile bootstrap.
 
-    Questions on one document are not independent, so documents are drawn, not rows alone (Miller 2024, arXiv:2411.00640). Of few
-    documents the bootstrap is too narrow (of three, hardly more than from the worst to the best of them), so the interval is never
-    narrower than if rows were independent. With few documents it is the least doubt one should have, not all of it.
-
-    Args:
-        rows: the rows, for their documents.
-        statistic: of an array of row numbers; returns one figure, or an array of k.
+    Questions on one document are not independent. So the bootstrap draws whole documents (Miller
+    2024, arXiv:2411.00640). With few documents this interval is too narrow: with three, it hardly
+    goes beyond the worst and the best document. So a second bootstrap draws rows, and the result
+    covers both intervals. With few documents, the true uncertainty is at least this large.
 
     Returns:
-        (low, high), each of the statistic's shape; NaN where there is but one document.
+        (low, high), each with the shape of the statistic. NaN if there is only one document.
     """
-    clusters, every = clusters_of(rows), np.arange(len(rows))
-    shape = np.shape(statistic(every))
+    clusters = clusters_of(rows)
     if len(clusters) < 2:
-        return np.full(shape, np.nan), np.full(shape, np.nan)
-    low, high = _bootstrap(
-        len(clusters), lambda draw: statistic(np.concatenate([clusters[i] for i in draw])), shape
-    )
+        undefined = np.full(np.shape(statistic(np.arange(len(rows)))), np.nan)
+        return undefined, undefined.copy()
+
+    def of_documents(draw: np.ndarray) -> float | np.ndarray:
+        return statistic(np.concatenate([clusters[i] for i in draw]))
+
+    low, high = _bootstrap(len(clusters), of_documents)
     if len(clusters) < len(rows):
-        low_of_rows, high_of_rows = _bootstrap(len(rows), statistic, shape)
+        low_of_rows, high_of_rows = _bootstrap(len(rows), statistic)
         low, high = np.fmin(low, low_of_rows), np.fmax(high, high_of_rows)
     return low, high
 
 
-def _bootstrap(count: int, statistic, shape: tuple) -> np.ndarray:
-    """The ends of the percentile interval, (2, *shape), of a statistic of `count` things drawn with replacement."""
+def _bootstrap(count: int, statistic: Statistic) -> np.ndarray:
+    """The interval of a statistic of `count` things, shape (2, *shape of the statistic)."""
     from scipy.stats import DegenerateDataWarning, bootstrap
 
     def of_draws(draws: np.ndarray, axis: int = -1) -> np.ndarray:
-        draws = np.moveaxis(np.atleast_2d(draws), axis, -1)
         return np.moveaxis(np.array([statistic(draw) for draw in draws]), 0, -1)
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DegenerateDataWarning
-        )  # scipy's word on a figure that is undefined: NaN here
+        # scipy and numpy warn about an undefined figure. Here its interval is NaN.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        warnings.filterwarnings("ignore", "All-NaN slice")
         figures = bootstrap(
             (np.arange(count),),
             of_draws,
@@ -139,52 +159,48 @@ def _bootstrap(count: int, statistic, shape: tuple) -> np.ndarray:
             method="percentile",
             rng=np.random.default_rng(0),
         ).bootstrap_distribution
-    # A draw in which a figure is undefined says nothing of it and is left out.
-    ends = [
-        np.quantile(draws[~np.isnan(draws)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        if not np.isnan(draws).all()
-        else [np.nan, np.nan]
-        for draws in figures.reshape(-1, RESAMPLES)
-    ]
-    return np.array(ends).T.reshape(2, *shape)
+        # Leave out the draws in which the figure is undefined.
+        return np.nanquantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
 
 
-def measured(rows: list[dict], names: tuple, statistic) -> dict:
-    """Figures and their intervals as the cells of a report: <name>, then <name>_low and <name>_high of each.
+def measured(rows: list[dict], names: Sequence[str], statistic: Statistic) -> dict[str, float]:
+    """Figures and their 95 % intervals, as the cells of a report.
 
-    Args:
-        statistic: of an array of row numbers; returns a figure a name.
+    `statistic` takes an array of row numbers and returns one figure for each name. The cells are
+    `<name>` for each name, then `<name>_low` and `<name>_high` for each name.
     """
-    figures, (low, high) = statistic(np.arange(len(rows))), interval(rows, statistic)
-    return {
-        **dict(zip(names, figures)),
-        **{
-            f"{name}_{end}": float(value[i])
-            for i, name in enumerate(names)
-            for end, value in (("low", low), ("high", high))
-        },
-    }
+    cells = dict(zip(names, np.asarray(statistic(np.arange(len(rows))))))
+    for name, low, high in zip(names, *interval(rows, statistic)):
+        cells |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return cells
+
+
+def by_judge(judges: Iterable[str], cells: Callable[[str], dict]) -> pd.DataFrame:
+    """A report with one row for each judge. `cells(judge)` returns {column: value}."""
+    report = {judge: cells(judge) for judge in judges}
+    return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
 
 
 def paired(
     rows: list[dict],
-    names: tuple,
-    figures,
+    names: Sequence[str],
+    figures: Callable[[np.ndarray, np.ndarray], np.ndarray],
     student: str,
     ours: np.ndarray,
     other: str,
     theirs: np.ndarray,
 ) -> pd.DataFrame:
-    """Two judges' figures on the same rows, compared.
+    """Compare the figures of two judges on the same rows.
 
-    Args:
-        figures: of (what a judge said at some rows, the numbers of these rows); returns a figure a name.
-        ours, theirs: what the two judges said, (rows, ...).
+    `ours` and `theirs` are the judgements of `student` and `other`, each of shape (rows, ...).
+    `figures` takes a judge's judgements at some rows and the numbers of these rows. It returns one
+    figure for each name.
 
     Returns:
-        A row a name: the figure of each, `difference` (student minus other) with its 95 % `interval` (`low`, `high`),
-        and `p`: two-sided, from exchanging the two judges' judgements a whole document at a time (scipy's permutation test). NaN
-        stands where a figure is undefined, and for interval and `p` where all rows are of one document.
+        One row for each name, with these columns: the figure of each judge, `difference` (student
+        minus other), its 95 % interval (`low`, `high`), the two-sided `p`, and `n` (rows). `p` is
+        from scipy's permutation test, which swaps the two judges on whole documents. A value is
+        NaN where a figure is undefined. With one document, `low`, `high` and `p` are NaN.
     """
     from scipy.stats import permutation_test
 
@@ -196,8 +212,8 @@ def paired(
     def difference(a: np.ndarray, b: np.ndarray, at: np.ndarray = every) -> np.ndarray:
         return figures(a[at], at) - figures(b[at], at)
 
-    @lru_cache(maxsize=None)  # the tests of all figures go through the same exchanges
-    def exchanged(documents: bytes) -> np.ndarray:
+    @cache  # the tests of all figures use the same swaps
+    def swapped(documents: bytes) -> np.ndarray:
         swap = np.frombuffer(documents, dtype=bool)[cluster].reshape(-1, *[1] * (ours.ndim - 1))
         return difference(np.where(swap, theirs, ours), np.where(swap, ours, theirs))
 
@@ -205,76 +221,65 @@ def paired(
         if len(clusters) < 2 or np.isnan(observed[k]):
             return np.nan
         return permutation_test(
-            sides,
-            lambda a, b: exchanged((a > b).tobytes())[k],
+            # Sample i is the pair (0, 1) for document i. A pair that is swapped becomes (1, 0).
+            (np.zeros(len(clusters)), np.ones(len(clusters))),
+            lambda a, b: swapped((a > b).tobytes())[k],
             permutation_type="samples",
             vectorized=False,
             n_resamples=RESAMPLES,
             rng=np.random.default_rng(0),
         ).pvalue
 
-    # Sample i is the pair (0, 1) of document i: permuting within samples is exchanging the two judges there.
-    sides, observed = (np.zeros(len(clusters)), np.ones(len(clusters))), difference(ours, theirs)
+    observed = difference(ours, theirs)
     low, high = interval(rows, lambda at: difference(ours, theirs, at))
-    return pd.DataFrame(
-        {
-            student: figures(ours, every),
-            other: figures(theirs, every),
-            "difference": observed,
-            "low": low,
-            "high": high,
-            "p": [p_value(k) for k in range(len(names))],
-            "n": len(rows),
-        },
-        index=pd.Index(names, name="figure"),
-    )
+    columns = {
+        student: figures(ours, every),
+        other: figures(theirs, every),
+        "difference": observed,
+        "low": low,
+        "high": high,
+        "p": [p_value(k) for k in range(len(names))],
+        "n": len(rows),
+    }
+    return pd.DataFrame(columns, index=pd.Index(names, name="figure"))
 
 
 def correctness_report(rows: list[dict], teacher: str, students: list[str]) -> pd.DataFrame:
-    """How close each student comes to the teacher, on rows that both have judged.
+    """Compare each student with the teacher, on the rows that both have judged.
 
     Returns:
-        A row a student. Columns: `n` (rows on which both judgements are valid), `correlation`, `spearman`, `kappa`
-        (quadratic weights), `mae` (in points of the score) and `coverage`; then each figure's 95 % interval, as
-        `<figure>_low` and `<figure>_high`.
+        One row for each student, with these columns: `n` (rows on which both judgements are
+        valid), `correlation`, `spearman`, `kappa` (quadratic weights), `mae` (in points of the
+        score) and `coverage`. Then come the 95 % intervals, as `<figure>_low` and `<figure>_high`.
 
     Source: the original correctness notebook, which reports n and the correlation.
     """
     truth = scores_of(rows, teacher)
-    report = {}
-    for student in students:
+
+    def cells(student: str) -> dict:
         given = scores_of(rows, student)
-        report[student] = {
-            "n": int((~np.isnan(truth) & ~np.isnan(given)).sum()),
-            **measured(rows, METRICS, lambda at: agreement(truth[at], given[at])),
-        }
-    return pd.DataFrame.from_dict(report, orient="index").rename_axis("judge")
+        n = int((~np.isnan(truth) & ~np.isnan(given)).sum())
+        return {"n": n, **measured(rows, METRICS, lambda at: agreement(truth[at], given[at]))}
+
+    return by_judge(students, cells)
 
 
 def compare_students(rows: list[dict], teacher: str, student: str, other: str) -> pd.DataFrame:
-    """Is `student` closer to the teacher than `other`, on the very same rows?
+    """Compare how close `student` and `other` are to the teacher, on the same rows.
 
     Returns:
-        As `paired`, for `correlation`, `kappa` and `mae`. Rows that a judge left invalid are left out; `n` says how many remain.
+        The table of `paired`, for `correlation`, `kappa` and `mae`. It uses the rows on which all
+        three judgements are valid; `n` is the number of these rows.
 
     Raises:
-        ValueError: no row is left.
+        ValueError: There is no such row.
     """
-    truth, ours, theirs = (scores_of(rows, judge) for judge in (teacher, student, other))
-    valid = ~np.isnan(truth + ours + theirs)
-    if not valid.any():
-        raise ValueError(f"no row on which {teacher}, {student} and {other} are all valid")
-    rows, truth = [row for row, keep in zip(rows, valid) if keep], truth[valid]
+    judges = (teacher, student, other)
+    rows = valid_rows(rows, judges)
+    truth, ours, theirs = (scores_of(rows, judge) for judge in judges)
 
     def figures(given: np.ndarray, at: np.ndarray) -> np.ndarray:
-        return np.array(
-            [
-                _pearson(truth[at], given),
-                quadratic_kappa(truth[at], given),
-                np.abs(truth[at] - given).mean(),
-            ]
-        )
+        x, y = truth[at], given
+        return np.array([_pearson(x, y), quadratic_kappa(x, y), np.abs(x - y).mean()])
 
-    return paired(
-        rows, ("correlation", "kappa", "mae"), figures, student, ours[valid], other, theirs[valid]
-    )
+    return paired(rows, ("correlation", "kappa", "mae"), figures, student, ours, other, theirs)

@@ -1,4 +1,7 @@
-"""Settings: the environment variables that say what a run does, and the models that play its roles."""
+"""Settings: the environment variables that say what a run does, and the models that play its roles.
+
+Also here: the two errors that end a call or a run, since every other file may raise them.
+"""
 
 import json
 import os
@@ -6,13 +9,15 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import TextIO
 
 from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parents[2]
-STAND_IN = "stand-in-"
+STAND_IN = "stand-in-"  # the first part of the names of the bundled snapshot's models
 LOCAL = "minilm"
-# name -> (default, what it says). All but the first two may also stand in `.env`, which only a run that records or collects reads.
+# Name -> (default, what it says). A run that records or collects also reads `.env`, except for
+# the first two.
 SETTINGS = {
     "JUDGE_MODE": (
         "replay",
@@ -20,7 +25,8 @@ SETTINGS = {
     ),
     "SNAPSHOT": (
         "",
-        "the folder in data/ to read from and record to; unset, the bundled snapshot is replayed, and recordings go to data/recorded",
+        "the folder in data/ to read from and record to; if it is not set, a replay reads the "
+        "bundled snapshot and a recording goes to data/recorded",
     ),
     "TEACHER_MODEL": ("", "the strong judge"),
     "WRITER_MODEL": ("", "writes questions and reference answers"),
@@ -33,17 +39,25 @@ SETTINGS = {
         "",
         "base URL of the judges' and the fine-tuning endpoint (OPENAI_BASE_URL says the same)",
     ),
-    "CONCURRENCY": ("16", "calls under way at once"),
-    "BUDGET_CALLS": ("", "the most calls that a notebook's log may come to hold"),
-    "BUDGET_DOLLARS": ("", "the most that the calls in a notebook's log may come to cost"),
+    "CONCURRENCY": ("16", "how many calls may run at the same time"),
+    "BUDGET_CALLS": ("", "the most calls that a notebook's log may hold"),
+    "BUDGET_DOLLARS": ("", "the most dollars that the calls in a notebook's log may cost"),
     "PRICES": (
         "",
-        'dollars per million tokens of prompt, reply and, if it is to be fine-tuned, training: "my-model=0.15/0.60/3, other=0/0"',
+        "dollars per million tokens of prompt, reply and, for fine-tuning, training: "
+        '"my-model=0.15/0.60/3, other=0/0"; these come before the price list of genai-prices',
     ),
     "FINETUNING_HOURS": ("12", "the longest wait for a fine-tuning job"),
-    "POLL_SECONDS": ("30", "between two looks at a fine-tuning job or a batch"),
+    "POLL_SECONDS": ("30", "the time between two looks at a fine-tuning job or a batch"),
+}
+# What `python -m helpers run` tells its kernels; not for readers.
+INTERNAL = {
+    "PROGRESS": "terminal: progress goes to the terminal and not into the notebook",
+    "KEEP_EMBEDDINGS": "a file that collects the vectors that a notebook uses",
 }
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_TOKEN", "ENDPOINT_API_KEY")
+# Anything like a key, and a password in a URL.
+KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)")
 ROLES = {
     "teacher": "TEACHER_MODEL",
     "question-writer": "WRITER_MODEL",
@@ -54,20 +68,28 @@ ROLES = {
 
 
 class RunStopped(RuntimeError):
-    """No further call makes sense or is allowed; all that was answered is kept. The message says what to do."""
+    """No further call makes sense or is allowed. All answers are kept. It says what to do."""
 
-    status: int | None = None  # the HTTP status, if it was one that stopped the run
+    status: int | None = None  # the HTTP status, if one stopped the run
+
+
+class CallFailed(RuntimeError):
+    """The live model did not answer this call. Its row is invalid, and the next run asks again."""
+
+    status: int | None = None  # the HTTP status, if there was one
 
 
 def setting(name: str) -> str:
-    """What the environment or `.env` says, else the default; "" if there is none. Keys are settings too, and are read at each use."""
+    """A setting or key: from the environment, else from `.env`, else the default or ""."""
     default = SETTINGS.get(name, ("",))[0]
     if value := os.environ.get(name):
         return value
+    # A stray .env cannot turn a replay into a live run, or change its result.
     if name in ("JUDGE_MODE", "SNAPSHOT") or setting("JUDGE_MODE") == "replay":
-        return default  # a file that lies about cannot make a replay go live, or come out otherwise
+        return default
     path = ROOT / ".env"
-    return path.exists() and _env_file(path, path.stat().st_mtime_ns).get(name) or default
+    in_file = _env_file(path, path.stat().st_mtime_ns) if path.exists() else {}
+    return in_file.get(name) or default
 
 
 @lru_cache(maxsize=1)
@@ -75,8 +97,12 @@ def _env_file(path: Path, changed: int) -> dict:
     return dotenv_values(path)
 
 
-def number(name: str) -> float | None:
-    """A setting that is a number above 0; None if it is not set."""
+def cap(name: str) -> float | None:
+    """A setting that is a number above 0; None if it is not set.
+
+    Raises:
+        ValueError: it is something else.
+    """
     text = setting(name)
     try:
         value = float(text) if text else None
@@ -87,9 +113,11 @@ def number(name: str) -> float | None:
     return value
 
 
-def base_url() -> str | None:
-    """The one base URL for judge and fine-tuning client, which read different variables."""
-    return setting("OPENAI_API_BASE") or setting("OPENAI_BASE_URL") or None
+def number(name: str) -> float:
+    """A setting that is a number above 0 and has a default."""
+    value = cap(name)
+    assert value is not None, f"{name} has no default"
+    return value
 
 
 def id_of(model: str) -> str:
@@ -97,44 +125,49 @@ def id_of(model: str) -> str:
     return model.split("@")[0]
 
 
-def served_like(id: str, model: str) -> str:
-    """The setting of a model's id at the endpoint of another, as a fine-tuned model stands where its base does."""
-    return id + "".join(model.partition("@")[1:])
-
-
 def name_of(model: str) -> str:
     """The name under which a model's calls are logged: its id, wherever it is served."""
     return re.sub(r"^(?:hf|local):", "", id_of(model))
 
 
-def models_of(snapshot: Path) -> dict[str, str]:
-    """The models of a snapshot's part by role: "teacher", "question-writer", "answerer", "student", "embedding".
+def served_like(id: str, model: str) -> str:
+    """The setting of a fine-tuned model's id, at the endpoint of the model that it was made of."""
+    return id + "".join(model.partition("@")[1:])
 
-    A model is an id, then perhaps `@` and the base URL of the endpoint that serves it. "hf:" before the id is Hugging Face's
-    inference API, "local:" a model on this machine; else it is OpenAI's API, or one compatible with it. "minilm" is the local student
-    and encoder. A run that records or collects takes them from the settings (`ROLES`) and leaves their ids in the snapshot's
-    `models.json`; a replay takes them from there, and a snapshot without that file is one of the bundled ones, by stand-ins.
+
+def models_of(snapshot: Path) -> dict[str, str]:
+    """The models of a snapshot's part by role; the roles are the keys of `ROLES`.
+
+    A model is an id, then perhaps `@` and the base URL of the endpoint that serves it. "hf:"
+    before the id means Hugging Face's inference API, "local:" a model on this machine; all others
+    are behind OpenAI's API or one compatible with it. "minilm" is the local student and encoder.
+
+    A run that records or collects takes the models from the settings, and `check_run` notes their
+    ids in the snapshot's `models.json`. A replay takes them from there. A snapshot without that
+    file is a bundled one, made with stand-ins.
     """
-    path, replay = snapshot / "models.json", setting("JUDGE_MODE") == "replay"
-    kept = json.loads(path.read_text(encoding="utf-8")) if replay and path.exists() else {}
-    stand_ins = {role: SETTINGS[name][0] or STAND_IN + role for role, name in ROLES.items()}
-    models = {
-        role: (kept.get(role) if replay else setting(name)) or stand_ins[role]
+    replay = setting("JUDGE_MODE") == "replay"
+    noted = noted_models(snapshot) if replay else {}
+    return {
+        role: (noted.get(role) if replay else setting(name)) or SETTINGS[name][0] or STAND_IN + role
         for role, name in ROLES.items()
     }
-    if not replay and not any(
-        model.startswith(STAND_IN) for model in models.values()
-    ):  # a run that has none is stopped before long
-        snapshot.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name("models.json.tmp")
-        draft.write_text(
-            json.dumps({role: id_of(model) for role, model in models.items()}, indent=1) + "\n",
-            encoding="utf-8",
-        )
-        os.replace(draft, path)
-    return models
 
 
-def terminal():
-    """Where progress is told: on the terminal, if make runs the notebook there; else None, in the notebook."""
+def noted_models(snapshot: Path) -> dict[str, str]:
+    """{role: model id} that a recording left in a snapshot's part; {} if there is none."""
+    path = snapshot / "models.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def redact(text: str) -> str:
+    """The text without anything that is or looks like a key: providers quote keys in errors."""
+    for name in KEYS:
+        if value := setting(name):
+            text = text.replace(value, "[key]")
+    return KEY_LIKE.sub("[key]", text)
+
+
+def terminal() -> TextIO | None:
+    """Where progress is shown: the terminal, if make runs the notebook; else None, the notebook."""
     return sys.__stderr__ if os.environ.get("PROGRESS") == "terminal" else None

@@ -1,0 +1,343 @@
+"""Generate: documents -> chunks -> questions with reference answers -> answers to judge."""
+
+import json
+import random
+import re
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_index.core import SummaryIndex
+from llama_index.core.evaluation.dataset_generation import DEFAULT_QUESTION_GENERATION_PROMPT
+from llama_index.core.llms import LLM, CompletionResponse, CustomLLM, LLMMetadata
+from llama_index.core.node_parser.text.utils import split_by_sentence_tokenizer
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.query_engine import BaseQueryEngine
+from llama_index.core.readers.base import BaseReader
+from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
+
+from .embeddings import embed
+from .log import run_stage
+from .rows import DATA, judge_mode, snapshot_folder, write_text
+from .settings import redact
+
+QA_PROMPT = re.compile(r"-{21}\n(.*)\n-{21}\n.*\nQuery: (.*)\nAnswer: ?\Z", re.S)
+ASK_AGAIN = (
+    "to ask for it again, delete the line of calls.jsonl that holds this reply, or leave the "
+    "chunk out"
+)
+CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
+
+
+class UnreadPages(RuntimeError):
+    """Some pages could not be read: each is named with its reason. The snapshot has the others."""
+
+
+class SnapshotReader(BaseReader):
+    """Reads pages by title from a snapshot's `documents/` folder, as LlamaIndex's readers do.
+
+    Args:
+        live: a reader with `load_data(pages=[title], ...)`, such as `live_reader()`. A run that
+            records or collects reads missing pages with it, and keeps them: a page is frozen when
+            it is first read. Without one, a snapshot that has no documents uses the bundled ones.
+    """
+
+    def __init__(self, live: BaseReader | None = None) -> None:
+        self._live = live
+
+    def load_data(self, pages: list[str], **load_kwargs: Any) -> list[Document]:
+        """One Document a page, in the order of `pages`, with its title in the metadata.
+
+        Args:
+            pages: the titles.
+            load_kwargs: for the live reader.
+
+        Raises:
+            FileNotFoundError: a page is not there, and there is no reader for it.
+            UnreadPages: the live reader could not read some pages. The snapshot has the others.
+        """
+        live = None if judge_mode() == "replay" else self._live
+        own = snapshot_folder("") / "documents"
+        folder = own if own.is_dir() or live else DATA / "documents"
+        paths = {title: folder / _file_name(title) for title in pages}
+        unread = {}
+        for title, path in paths.items():
+            if path.exists():
+                continue
+            if live is None:
+                raise FileNotFoundError(
+                    f"no page {title!r} in this snapshot (looked for {path}); to add it, put its "
+                    "text there, or record with a live reader (DOCUMENTS=wikipedia)"
+                )
+            try:
+                write_text(path, live.load_data(pages=[title], **load_kwargs)[0].text)
+            except Exception as error:  # of whatever reader; raised below, with the others
+                why = getattr(live, "why", lambda error: f"{type(error).__name__}: {error}")
+                unread[title] = redact(why(error))
+        if unread:
+            said = "\n".join(f"  {title}: {why}" for title, why in unread.items())
+            raise UnreadPages(
+                f"{len(unread)} of {len(paths)} pages could not be read; the others are in "
+                f"{folder}.\n{said}"
+            )
+        return [
+            Document(text=paths[title].read_text(encoding="utf-8"), metadata={"title": title})
+            for title in pages
+        ]
+
+
+def _file_name(title: str) -> str:
+    """The file of a page. Signs that a file system may refuse are written as % and their code."""
+    safe = re.sub(r'[%/\\:*?"<>|_]', lambda sign: f"%{ord(sign[0]):02X}", title)
+    return safe.replace(" ", "_") + ".txt"
+
+
+def deal(groups: list[list]) -> list:
+    """Take the first of each group, then the second of each, until all are empty."""
+    longest = max(map(len, groups), default=0)
+    return [group[i] for i in range(longest) for group in groups if i < len(group)]
+
+
+async def write_questions(
+    nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int | None = None
+) -> list[dict]:
+    """One question a node.
+
+    The prompt is that of LlamaIndex's DatasetGenerator, which is deprecated and needs spaCy.
+
+    Args:
+        nodes: the chunks, with the title of their document in the metadata.
+        llm: the writer.
+        instruction: what to ask for.
+        concurrency: how many calls at a time; by default CONCURRENCY.
+
+    Returns:
+        Per node a dict of `question` and `document`, the title.
+
+    Raises:
+        ValueError: a reply holds no question.
+    """
+    template = PromptTemplate(DEFAULT_QUESTION_GENERATION_PROMPT)
+    calls = [
+        llm.apredict(
+            template, context_str=node.get_content(MetadataMode.LLM), query_str=instruction
+        )
+        for node in nodes
+    ]
+    questions = []
+    for node, reply in zip(nodes, await run_stage("questions", calls, concurrency)):
+        title = node.metadata.get("title")
+        try:
+            questions.append({"question": clean_question(reply), "document": title})
+        except ValueError as error:
+            raise ValueError(f"a chunk of {title!r}: {error}; {ASK_AGAIN}") from error
+    return questions
+
+
+async def generate_questions(
+    nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int | None = None
+) -> list[dict]:
+    """As `write_questions`, with a `reference`: the model's answer from that node alone."""
+    questions = await write_questions(nodes, llm, instruction, concurrency)
+    calls = [
+        SummaryIndex([node]).as_query_engine(llm=llm).aquery(question["question"])
+        for node, question in zip(nodes, questions)
+    ]
+    pairs = []
+    for asked, reference in zip(questions, await run_stage("references", calls, concurrency)):
+        question, title, text = asked["question"], asked["document"], _text(reference).strip()
+        if not text:
+            raise ValueError(
+                f"a chunk of {title!r}: an empty reply in place of the reference answer to "
+                f"{question!r}; {ASK_AGAIN}"
+            )
+        pairs.append({"question": question, "reference": text, "document": title})
+    return pairs
+
+
+NUMBERING = re.compile(
+    r"^\s*(?:[-*]\s+)?(?:\d+[.)]\s*)?(?:\**q(?:uestion)?\s*\d*\**\s*:\**\s*)?", re.I
+)
+
+
+def clean_question(reply: str) -> str:
+    """The question in a model's reply, without the numbering or "Question:" before it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for line in reply.splitlines():
+        if "?" in (question := NUMBERING.sub("", line).strip()):
+            return question
+    raise ValueError(f"no question in the reply {reply[:200]!r}")
+
+
+def _text(response: Any) -> str:
+    """A response's text. LlamaIndex says "Empty Response" where the reply was empty."""
+    return "" if str(response) == "Empty Response" else str(response)
+
+
+async def answer_questions(
+    pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]], concurrency: int | None = None
+) -> list[dict]:
+    """Let the i-th query engine answer the i-th question.
+
+    Args:
+        pairs: dicts of `question`, `reference` and `document`, as from `generate_questions`.
+        engines: a (model name, query engine) a pair.
+        concurrency: how many calls at a time; by default CONCURRENCY.
+
+    Returns:
+        The pairs as correctness rows: with `response_data` of `model`, `text` and `context`, the
+        first CONTEXT_CHARS characters of the best chunk.
+    """
+    if len(pairs) != len(engines):
+        raise ValueError(
+            f"{len(pairs)} pairs and {len(engines)} engines: expected an engine a pair"
+        )
+    calls = [engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines)]
+    responses = await run_stage("answers", calls, concurrency)
+    return [
+        {
+            "question": pair["question"],
+            "reference": pair["reference"],
+            "response_data": {
+                "model": model,
+                "text": _text(response),
+                "context": _context(response),
+            },
+            "document": pair["document"],
+        }
+        for pair, (model, _), response in zip(pairs, engines, responses)
+    ]
+
+
+def _context(response: Any) -> str:
+    return response.source_nodes[0].node.text[:CONTEXT_CHARS] + "..."
+
+
+async def answer_pairs(
+    questions: list[dict],
+    engines: list[tuple[str, BaseQueryEngine]],
+    seed: int = 0,
+    concurrency: int | None = None,
+) -> list[dict]:
+    """Let two query engines, drawn and ordered with the seed, answer each question.
+
+    Args:
+        questions: dicts of `question` and `document`.
+        engines: the (model name, query engine) to draw from. All share one retriever, so that both
+            answers have the same source.
+        seed: of the draw.
+        concurrency: how many calls at a time; by default CONCURRENCY.
+
+    Returns:
+        Pairwise rows: `question`, two `answers` of `model` and `text`, `source` (the first
+        CONTEXT_CHARS characters of the best chunk), `document`.
+    """
+    draw = random.Random(seed)
+    drawn = [draw.sample(engines, 2) for _ in questions]
+    calls: list[Coroutine] = [
+        engine.aquery(question["question"])
+        for question, two in zip(questions, drawn)
+        for _, engine in two
+    ]
+    responses = await run_stage("answers", calls, concurrency)
+    return [
+        {
+            "question": question["question"],
+            "answers": [
+                {"model": model, "text": _text(response)}
+                for (model, _), response in zip(two, responses[2 * i : 2 * i + 2])
+            ],
+            "source": _context(responses[2 * i]),
+            "document": question["document"],
+        }
+        for i, (question, two) in enumerate(zip(questions, drawn))
+    ]
+
+
+async def answer_in_context(
+    pairs: list[dict], generators: list[tuple[str, LLM]], concurrency: int | None = None
+) -> list[dict]:
+    """Let every generator answer every question from the one chunk that comes with it.
+
+    Args:
+        pairs: dicts of `question`, `context` (the whole chunk) and, if known, `document`.
+        generators: (model name, LLM) each.
+        concurrency: how many calls at a time; by default CONCURRENCY.
+
+    Returns:
+        Single-grading rows, a question's together: `question`, `response_data` of `model`, `text`
+        and `context`, `document`.
+    """
+    for number, pair in enumerate(pairs):
+        for field in ("question", "context"):
+            if not isinstance(pair.get(field), str) or not pair[field].strip():
+                found = repr(pair.get(field))
+                raise ValueError(f"pair {number}: {field} must be a text, found {found}")
+    asked = [(pair, model, llm) for pair in pairs for model, llm in generators]
+    calls = [
+        SummaryIndex([TextNode(text=pair["context"])])
+        .as_query_engine(llm=llm)
+        .aquery(pair["question"])
+        for pair, _, llm in asked
+    ]
+    responses = await run_stage("answers", calls, concurrency)
+    return [
+        {
+            "question": pair["question"],
+            "response_data": {"model": model, "text": _text(response), "context": pair["context"]},
+            **({"document": pair["document"]} if "document" in pair else {}),
+        }
+        for (pair, model, _), response in zip(asked, responses)
+    ]
+
+
+class ExtractiveAnswerer(CustomLLM):
+    """Answers a query engine's prompt with the sentences of its context nearest to the question.
+
+    Args:
+        sentences: how many, in the order of the text.
+    """
+
+    sentences: int = 1
+    model_name: str = "local-extractive"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """The name, and that this is no chat model."""
+        return LLMMetadata(model_name=self.model_name, is_chat_model=False)
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """The nearest sentences by `embed`.
+
+        Raises:
+            ValueError: the prompt is not LlamaIndex's question-answering prompt.
+        """
+        if not (match := QA_PROMPT.search(prompt)):
+            raise ValueError(
+                "an extractive answerer reads LlamaIndex's question-answering prompt; this one "
+                f"begins {prompt[:80]!r}"
+            )
+        context, question = match.groups()
+        parts = [part.strip() for part in split_by_sentence_tokenizer()(context)]
+        vectors = embed([question, *parts])
+        # Rounded, so that float noise does not choose between equals; of equals, the first.
+        likeness = np.round(vectors[1:] @ vectors[0], 4)
+        nearest = np.argsort(-likeness, kind="stable")[: self.sentences]
+        return CompletionResponse(text=" ".join(parts[i] for i in sorted(nearest)))
+
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
+        """As `complete`, in one piece."""
+        yield self.complete(prompt)
+
+
+def save_qrd(path: str | Path, pairs: list[dict]) -> None:
+    """Write question and reference pairs as LlamaIndex's QueryResponseDataset does (`qrd.json`)."""
+    qrd = {
+        "queries": {str(i): pair["question"] for i, pair in enumerate(pairs)},
+        "responses": {str(i): pair["reference"] for i, pair in enumerate(pairs)},
+    }
+    write_text(path, json.dumps(qrd, indent=4))

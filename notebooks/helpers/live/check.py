@@ -1,0 +1,148 @@
+"""Before the first call: which models answer, and what a run can cost at most."""
+
+import json
+import math
+
+import pandas as pd
+
+from ..log import CallLog
+from ..rows import write_text
+from ..settings import (
+    LOCAL,
+    ROLES,
+    STAND_IN,
+    CallFailed,
+    RunStopped,
+    cap,
+    id_of,
+    name_of,
+    noted_models,
+    redact,
+    terminal,
+)
+from .budget import (
+    EPOCHS,
+    PROMPT_TOKENS,
+    dollars_of,
+    no_price,
+    price_of,
+    priced_as,
+    reply_cap,
+    training_dollars,
+)
+from .models import ask_and_block, client_of
+
+# What an endpoint that does not list its models says when it is asked for one.
+LISTS_NONE = (400, 404, 405, 501)
+COUNTS = ["calls at most", "tokens at most"]
+COLUMNS = ["role", "model", *COUNTS, "priced as", "$ at most", "endpoint"]
+
+
+def check_run(
+    log: CallLog, models: dict[str, str], calls: dict[str, int], examples: int = 0
+) -> pd.DataFrame:
+    """Say which models a run asks, and what that can cost at most.
+
+    A run that records is stopped here if a key is missing, a model cannot be reached, the budget
+    has no price to go by, or the log holds answers of other models. Else the models' ids are noted
+    in `models.json` beside the log, for the replay.
+
+    Args:
+        log: the run's log.
+        models: by role, as `models_of` gives them.
+        calls: by role, the most calls that the run makes of it.
+        examples: how many chats a hosted student would be fine-tuned on.
+
+    Returns:
+        A row a role: model; calls at most, those in the log included; tokens at most
+        (PROMPT_TOKENS a prompt, `reply_cap` a reply; a training example is both, EPOCHS times); the
+        model whose price was taken; dollars at most, NaN where no price is known; and whether its
+        endpoint answered.
+
+    Raises:
+        RunStopped: says for each role what is wrong and how to mend it.
+    """
+    recording, reached, lines = log.mode == "record", {}, []
+    asked = {role: most for role, most in calls.items() if models[role] != LOCAL}
+    wrong = _other_models(log, models)
+    for role, most in asked.items():
+        model = models[role]
+        if recording and model not in reached:
+            reached[model] = unreachable(model)
+        if why := reached.get(model):
+            wrong.append(f"{ROLES[role]} ({role}): {why}")
+        # Half of the student's calls go to the fine-tuned model, whose price is higher.
+        priced = f"ft:{name_of(model)}" if role == "student" else priced_as(log, model)
+        tokens, reply = PROMPT_TOKENS + reply_cap(priced), reply_cap(priced)
+        dollars = most * dollars_of(price_of(priced), PROMPT_TOKENS, reply)
+        parts = [(role, priced, most, most * tokens, dollars)]
+        if role == "student" and examples:
+            trained = EPOCHS * examples * tokens
+            training = training_dollars(model, trained)
+            parts.append(("student, fine-tuning", model, 1, trained, training))
+        for name, priced, *counts, dollars in parts:
+            if recording and cap("BUDGET_DOLLARS") and math.isnan(dollars):
+                wrong.append(f"{ROLES[role]} ({name}): {no_price(priced, name != role)}")
+            endpoint = "answers" if model in reached else "not asked"
+            lines.append((name, name_of(model), *counts, name_of(priced), dollars, endpoint))
+    if wrong:
+        said = "\n".join(f"  {line}" for line in dict.fromkeys(wrong))
+        raise RunStopped(f"this run cannot start:\n{said}")
+    if log.mode != "replay" and not any(one.startswith(STAND_IN) for one in models.values()):
+        ids = {role: id_of(model) for role, model in models.items()}
+        write_text(log.path.with_name("models.json"), json.dumps(ids, indent=1) + "\n")
+    table = pd.DataFrame(lines, columns=COLUMNS).set_index("role")
+    sums = table[[*COUNTS, "$ at most"]].sum(skipna=False)
+    if recording and terminal():
+        most_calls, most_tokens, dollars = sums
+        price = "an unknown price" if math.isnan(dollars) else f"{dollars:.2f} dollars"
+        said = f"at most {most_calls:,.0f} calls, {most_tokens:,.0f} tokens and {price}"
+        print(said, file=terminal(), flush=True)
+    table.loc["in all"] = {"model": "", "priced as": "", "endpoint": "", **sums}
+    return table.astype(dict.fromkeys(COUNTS, int)).round({"$ at most": 2})
+
+
+def _other_models(log: CallLog, models: dict[str, str]) -> list[str]:
+    """What is wrong if the log holds, or waits for, other answers than this run would ask for."""
+    noted = noted_models(log.path.parent) if len(log) and log.mode != "replay" else {}
+    wrong = [
+        f"{ROLES[role]} ({role}): {log.path.parent} was recorded with {noted[role]!r}, and this "
+        f"run names {id_of(model)!r}. Name another folder (SNAPSHOT), or delete its models.json "
+        "to go on with the new model"
+        for role, model in models.items()
+        if role != "student" and noted.get(role, id_of(model)) != id_of(model)
+    ]
+    batches = log.path.with_name("batches.json")
+    if log.mode == "record" and batches.exists() and json.loads(batches.read_text("utf-8")):
+        wrong.append(
+            f"{batches}: batches are under way, which ask the same calls; `make batch` waits for "
+            "them (or delete this file, and pay for their calls again)"
+        )
+    return wrong
+
+
+def unreachable(model: str) -> str:
+    """Why a model cannot be asked; "" if it can. Asking for the model's name costs nothing.
+
+    An endpoint that does not list its models passes.
+    """
+    if model == LOCAL or model.startswith("local:"):
+        return ""
+    name, known = name_of(model), []
+    try:
+        with client_of(model) as client:
+            url = redact(str(client.base_url))
+            for look in (lambda: client.models.retrieve(name), lambda: client.models.list()):
+                try:
+                    found = ask_and_block(look)
+                except (RunStopped, CallFailed) as error:
+                    if error.status not in LISTS_NONE:
+                        return str(error)
+                else:
+                    known = [one.id for one in getattr(found, "data", [])]
+                    break
+    except RunStopped as error:
+        return str(error)
+    if not known or name in known:
+        return ""
+    return f"{url} does not have it, but {', '.join(known[:8])}"

@@ -1,0 +1,672 @@
+"""The log of every LLM call, the LLM in front of it, and stages of calls.
+
+`JUDGE_MODE` chooses what happens to a call that the log does not hold: `replay` (the default) is an
+error, `record` asks the live model, `collect` writes the request out, to be answered elsewhere.
+"""
+
+import asyncio
+import contextvars
+import hashlib
+import json
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from filelock import FileLock, Timeout
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    LLMMetadata,
+    LogProb,
+    MessageRole,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms import LLM, CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback
+
+from .rows import DamagedFile, judge_mode, known_mode, parse_row, write_text
+from .settings import CallFailed, RunStopped, cap, id_of, name_of, number, redact, terminal
+
+SCHEMA = 1
+FIELDS = "v key model messages params sample response usage finish_reason created".split()
+SYNC_SECONDS = 1.0  # a power cut costs the answers of about this long
+
+_writers: WeakValueDictionary = WeakValueDictionary()  # path -> the log that writes to it
+
+
+class MissingCall(LookupError):
+    """Replay met a call that the log does not hold."""
+
+
+class NotAnswered(Exception):
+    """`collect` wrote this call's request out. `run_stage` turns these into one `Collected`."""
+
+
+class Collected(Exception):
+    """The run stops here: the requests of a stage wait in a file to be answered."""
+
+
+@dataclass
+class Stage:
+    """The stage that is running: its name, and what its progress bar says."""
+
+    name: str
+    failed: int = 0
+    spent: object = ""  # what its text says of the money
+
+    def __str__(self) -> str:
+        return f"{self.failed} failed{self.spent}"
+
+
+STAGE: contextvars.ContextVar[Stage | None] = contextvars.ContextVar("stage", default=None)
+ROW: contextvars.ContextVar[int] = contextvars.ContextVar("row", default=0)  # of the stage
+# Why the last reply of this task ended. LlamaIndex's evaluators do not pass it on.
+FINISH: contextvars.ContextVar[str | None] = contextvars.ContextVar("finish", default=None)
+
+
+def call_key(model: str, messages: list[dict], params: dict, sample: int) -> str:
+    """SHA-256 over all that determines a call: 64 hex digits."""
+    call = json.dumps(
+        [model, messages, params, sample], sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
+    return hashlib.sha256(call.encode()).hexdigest()
+
+
+def make_row(
+    call: dict,
+    response: str,
+    usage: dict | None = None,
+    finish_reason: str | None = None,
+    logprobs: list[dict] | None = None,
+) -> dict:
+    """A row of `calls.jsonl`: a call, its key and its answer.
+
+    Args:
+        call: `model`, `messages`, `params` and `sample`.
+        response: the reply's text.
+        usage: the tokens that the provider reports.
+        finish_reason: why the reply ended.
+        logprobs: {alternative: log-probability} of each token. Those of the first line are kept:
+            the score is there, and the rest would make rows a hundred times larger. The row has
+            this field only if it was asked for.
+    """
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    answer = {"response": response, "usage": usage, "finish_reason": finish_reason}
+    row = {"v": SCHEMA, "key": call_key(**call), **call, **answer, "created": created}
+    if logprobs:
+        likeliest = [max(token, key=lambda t: token[t], default="") for token in logprobs]
+        ends = (i for i, text in enumerate(likeliest) if "\n" in text)
+        row["logprobs"] = logprobs[: next(ends, len(logprobs)) + 1]
+    return row
+
+
+class CallLog:
+    """The calls of one notebook in one JSONL file: cache, resume point and snapshot at once.
+
+    Opening reads the file once and keeps an index only. A torn last line, which a killed run
+    leaves, is dropped with a warning; any other damage is a `DamagedFile`. An answer is written to
+    the file before it is used, so a kill loses nothing. The disk is synced at the end of a stage
+    and about once a second.
+
+    Args:
+        path: the `calls.jsonl`. The first answer makes it.
+        mode: "replay", "record" or "collect"; by default what `JUDGE_MODE` says.
+    """
+
+    def __init__(self, path: str | Path, mode: str | None = None) -> None:
+        self.path = Path(path)
+        self.mode = known_mode(mode) if mode else judge_mode()
+        self.requests_path = self.path.with_name("requests.jsonl")
+        self.used: dict[tuple[str, str], dict[bytes, None]] = {}  # (stage, name) -> keys
+        self.asking: dict[str, asyncio.Future] = {}  # key -> done when the call under way is
+        self._index: dict[bytes, int] = {}  # key -> where its row begins
+        self._end = self._size = 0  # end of the good rows, end of the file (a torn line between)
+        self._joint = b""  # a line end that the last row lacks
+        self._writer: Any = None
+        self._lock, self._file_lock = (
+            threading.RLock(),
+            FileLock(f"{path}.lock", thread_local=False),
+        )
+        self._synced = 0.0
+        self._seen: set[bytes] = set()
+        self._collected: set[str] = set()
+        self._names_path = self.path.with_name("names.json")
+        # {logged name: model id} where they differ, as they do for personas: prices need the id.
+        self.models: dict[str, str] = {}
+        if self._names_path.exists():
+            self.models = json.loads(self._names_path.read_text(encoding="utf-8"))
+        if self.path.exists():
+            self._scan()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __enter__(self) -> "CallLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def llm(self, model_name: str, live: Any = None, **settings: Any) -> "LoggedLLM":
+        """A LlamaIndex LLM whose calls go through this log, under the model's name.
+
+        Args:
+            model_name: the setting of a model, or any name.
+            live: what `record` asks: `live(setting)`, or a LlamaIndex LLM as it is.
+            settings: `sample`, `params`, `system_prompt`, `context_window` of `LoggedLLM`.
+        """
+        logged, asked = name_of(model_name), id_of(getattr(live, "setting", ""))
+        if asked and self.models.get(logged, logged) != asked:
+            self.models[logged] = asked
+            if self.mode != "replay":
+                write_text(self._names_path, json.dumps(self.models, indent=1) + "\n")
+        return LoggedLLM(log=self, live=live, model_name=logged, **settings)
+
+    def get(self, key: str) -> dict | None:
+        """The row of a key, or None."""
+        if (offset := self._index.get(bytes.fromhex(key))) is None:
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return json.loads(file.readline())
+
+    @property
+    def end(self) -> int:
+        """Where in the file the good rows end."""
+        return self._end
+
+    def rows(self, start: int = 0) -> Iterator[dict]:
+        """All rows in the order of the file, or those after a former `end`."""
+        if start < self._end:
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                for line in iter(file.readline, b""):
+                    if file.tell() > self._end:
+                        return
+                    if line.strip():
+                        yield json.loads(line)
+
+    def use(self, row: dict) -> None:
+        """Note that the running stage used a row."""
+        if (key := bytes.fromhex(row["key"])) not in self._seen:
+            self._seen.add(key)
+            stage = STAGE.get()
+            self.used.setdefault((stage.name if stage else "(none)", row["model"]), {})[key] = None
+
+    def append(self, row: dict) -> dict:
+        """Write a row to the file. Returns what the log holds for its key: an older row stays.
+
+        Raises:
+            RuntimeError: another process writes to the file.
+            OSError: the file cannot be written to, or the disk is full.
+        """
+        key, line = bytes.fromhex(row["key"]), json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            if key in self._index:
+                return self.get(row["key"]) or row
+            file = self.open_to_write()
+            file.seek(self._end)
+            file.truncate()  # cuts off a torn line, and what a full disk left of the last try
+            if (written := file.write(self._joint + line)) < len(self._joint + line):
+                raise OSError(28, f"No space left on device ({written} bytes written)")
+            self._index[key] = self._end + len(self._joint)
+            self._end = self._size = self._index[key] + len(line)
+            self._joint = b""
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self.sync()
+        return row
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk, so that a power cut does not lose it."""
+        if self._writer is not None:
+            os.fsync(self._writer.fileno())
+            self._synced = time.monotonic()
+
+    def open_to_write(self) -> Any:
+        """The file, open for this log alone. A run that records opens it before it asks.
+
+        Raises:
+            RuntimeError: another process writes to it, or has written since it was read here.
+            OSError: it cannot be written to.
+        """
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A cell that runs again opens the log again. Within a process, the newest log writes.
+            older = _writers.pop(self.path.resolve(), None)
+            if older is not None:  # an empty log is false
+                older.close()
+            try:
+                self._file_lock.acquire(timeout=0)
+                file = open(self.path, "r+b" if self.path.exists() else "x+b", buffering=0)
+                if os.fstat(file.fileno()).st_size != self._size:
+                    file.close()
+                    raise Timeout(str(self.path))
+            except OSError as error:  # filelock's Timeout is one
+                self._file_lock.release()
+                if not isinstance(error, Timeout):
+                    raise
+                raise RuntimeError(
+                    f"{self.path}: another process is recording to this log, or has since it was "
+                    "opened here. Let it end, then run this one again."
+                ) from None
+            self._writer, _writers[self.path.resolve()] = file, self
+        return self._writer
+
+    def close(self) -> None:
+        """Sync the file, and let another process write to it."""
+        with self._lock:
+            if self._writer is not None:
+                self.sync()
+                self._writer.close()
+                self._writer = None
+            self._file_lock.release()
+
+    def collect(self, call: dict) -> None:
+        """Write a call to `requests.jsonl`, in the request format of the OpenAI Batch API."""
+        name = request_id(call)
+        with self._lock:
+            if name in self._collected:
+                return
+            body = {"model": call["model"], "messages": call["messages"], **call["params"]}
+            request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions"}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(
+                self.requests_path, "a" if self._collected else "w", encoding="utf-8"
+            ) as file:
+                file.write(json.dumps({**request, "body": body}, ensure_ascii=False) + "\n")
+            self._collected.add(name)
+
+    def explain_missing(self, call: dict) -> str:
+        """Say which call is missing, which recorded prompt is nearest, and where the two differ."""
+        text, stage = prompt_text(call), STAGE.get()
+        words = set(text.split())
+
+        def likeness(row: dict) -> float:
+            theirs = set(prompt_text(row).split())
+            common = len(words & theirs) / max(1, len(words | theirs))
+            return common + (row["model"] == call["model"])
+
+        nearest = max(self.rows(), key=likeness, default=None)
+        said = [
+            f"{self.path}: no recorded answer for this call of stage "
+            f"{stage.name if stage else '(none)'!r} to model {call['model']!r}."
+        ]
+        if nearest is None:
+            said.append("The log holds no calls.")
+        elif (theirs := prompt_text(nearest)) == text:
+            said += [
+                f"The same prompt is recorded with {field} {nearest[field]!r}; this call has "
+                f"{call[field]!r}."
+                for field in ("model", "params", "sample")
+                if nearest[field] != call[field]
+            ]
+        else:
+            at = len(os.path.commonprefix([text, theirs]))
+            here = slice(max(0, at - 40), at + 60)
+            said += [
+                f"The nearest recorded prompt (key {nearest['key'][:12]}, model "
+                f"{nearest['model']!r}) differs first at character {at}:",
+                f"  recorded: {theirs[here]!r}\n  this run: {text[here]!r}",
+            ]
+        said.append(
+            "To have it answered: `make record` (a live model) or `make collect` (requests to "
+            "answer elsewhere); see 'Going live' in README.md."
+        )
+        return "\n".join(said)
+
+    def _scan(self) -> None:
+        answers: dict[bytes, int] = {}
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{self.path}, line {number}"
+                self._size += len(line)
+                try:
+                    row = parse_row(line, where)
+                except DamagedFile:
+                    if line.endswith(b"\n"):
+                        raise
+                    warnings.warn(
+                        f"{where}: dropped a torn last line of {len(line)} bytes, left by an "
+                        "interrupted run",
+                        stacklevel=3,
+                    )
+                    return
+                key = bytes.fromhex(check_row(row, where)["key"])
+                if answers.setdefault(key, hash(row["response"])) != hash(row["response"]):
+                    raise DamagedFile(
+                        f"{where}: key {row['key'][:12]} has another answer further up; expected "
+                        "one answer a key"
+                    )
+                self._index.setdefault(key, self._end)
+                self._end = self._size
+                self._joint = b"" if line.endswith(b"\n") else b"\n"
+
+
+def check_row(row: dict, where: str) -> dict:
+    """Return a row of `calls.jsonl` as it is, or raise DamagedFile."""
+    wrong = ""
+    if row.get("v") != SCHEMA:
+        wrong = f"row of schema version {row.get('v')!r}, expected {SCHEMA}"
+    elif set(row) - {"logprobs"} != set(FIELDS):
+        wrong = f"expected the fields {', '.join(FIELDS)}; found {', '.join(row)}"
+    elif not isinstance(row["response"], str):
+        wrong = f"expected text in 'response', found {type(row['response']).__name__}"
+    elif row["key"] != (key := call_key(*(row[name] for name in FIELDS[2:6]))):
+        wrong = f"key {str(row['key'])[:12]} does not match its content, expected {key[:12]}"
+    if wrong:
+        raise DamagedFile(f"{where}: {wrong}")
+    return row
+
+
+def prompt_text(call: dict) -> str:
+    """A call's messages as one text."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in call["messages"])
+
+
+def request_id(call: dict) -> str:
+    """A call's `custom_id` in a batch: its sample, which the body lacks, and part of its key."""
+    return f"{call['sample']}-{call_key(**call)[:40]}"
+
+
+@contextmanager
+def kept(log: CallLog, so: str = "") -> Iterator[None]:
+    """Stop the run if the log cannot be written to: further answers could not be kept either."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise RunStopped(f"{log.path}: an answer could not be kept{so}: {error}") from error
+
+
+class LoggedLLM(CustomLLM):
+    """A chat LLM in front of a call log. Made by `CallLog.llm`.
+
+    Args:
+        log: the call log.
+        live: what `record` asks: a LlamaIndex LLM or a function that makes one, which is asked
+            once a call, or `live(setting)`, which also tries again and keeps to the budget.
+        model_name: the name under which calls are logged.
+        sample: which of several samples of a prompt this LLM draws; part of the key.
+        params: sampling parameters, such as {"temperature": 0}; sent with each call, and part of
+            the key.
+        system_prompt: put before every prompt.
+        context_window: in tokens. It decides how chunks are packed into prompts, so it is the same
+            in all modes.
+    """
+
+    model_name: str
+    sample: int = 0
+    params: dict = Field(default_factory=dict)
+    context_window: int = 8192
+    _log: CallLog = PrivateAttr()
+    _live: Any = PrivateAttr()
+
+    def __init__(self, log: CallLog, live: Any = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        bare = live is not None and not hasattr(live, "ask")
+        self._log, self._live = log, _Bare(live) if bare else live
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """The logged name, and that this is a chat model."""
+        return LLMMetadata(
+            model_name=self.model_name, is_chat_model=True, context_window=self.context_window
+        )
+
+    def _call(self, messages: Iterable[ChatMessage], kwargs: dict) -> dict:
+        for message in messages:
+            if any(block.block_type != "text" for block in message.blocks):
+                raise ValueError(
+                    f"the call log holds text only, and this {message.role.value} message has more"
+                )
+        plain = [{"role": message.role.value, "content": message.content} for message in messages]
+        params = {**self.params, **kwargs}
+        return {
+            "model": self.model_name,
+            "messages": plain,
+            "params": params,
+            "sample": self.sample,
+        }
+
+    def _known(self, call: dict) -> dict | None:
+        """The logged row of a call. None if the live model is to be asked."""
+        if row := self._log.get(call_key(**call)):
+            return row
+        if self._log.mode == "collect":
+            self._log.collect(call)
+            raise NotAnswered(self._log.requests_path)
+        if self._log.mode == "replay":
+            raise MissingCall(self._log.explain_missing(call))
+        if self._live is None:
+            raise ValueError(
+                f"JUDGE_MODE=record needs a live model for {self.model_name!r}: pass live=... to "
+                "CallLog.llm"
+            )
+        with kept(self._log, ", so none is asked for"):
+            self._log.open_to_write()
+        return None
+
+    def _keep(self, call: dict, response: ChatResponse) -> dict:
+        tokens = [{one.token: one.logprob for one in place} for place in response.logprobs or []]
+        usage, finish_reason = _details(response.raw)
+        text = response.message.content or ""
+        with kept(self._log):
+            return self._log.append(make_row(call, text, usage, finish_reason, tokens))
+
+    def _response(self, row: dict) -> ChatResponse:
+        self._log.use(row)
+        FINISH.set(row["finish_reason"])
+        logprobs = [
+            [LogProb(token=token, logprob=p) for token, p in tokens.items()]
+            for tokens in row.get("logprobs", [])
+        ]
+        return ChatResponse(
+            message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]),
+            logprobs=logprobs or None,
+            raw={"usage": row["usage"], "finish_reason": row["finish_reason"]},
+        )
+
+    @llm_chat_callback()
+    def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """The logged answer, or the live model's, which is logged before it is returned."""
+        call = self._call(messages, kwargs)
+        row = self._known(call)
+        if row is None:
+            with _counted():
+                row = self._keep(call, self._live.ask_and_block(self._log, call, messages))
+        return self._response(row)
+
+    @llm_chat_callback()
+    async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """As `chat`. Two equal calls at the same time are one: the second waits for the first."""
+        call = self._call(messages, kwargs)
+        key, loop, asking = call_key(**call), asyncio.get_running_loop(), self._log.asking
+        while (row := self._known(call)) is None:
+            if (other := asking.get(key)) and other.get_loop() is loop:
+                await asyncio.wait([other])
+                continue
+            asking[key] = done = loop.create_future()
+            try:
+                with _counted():
+                    row = self._keep(call, await self._live.ask(self._log, call, messages))
+                break
+            finally:
+                asking.pop(key)
+                done.set_result(None)
+        return self._response(row)
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """As `chat`, for a prompt that is one text."""
+        return _completion(self.chat([ChatMessage(role="user", content=prompt)], **kwargs))
+
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponse:
+        """As `achat`, for a prompt that is one text."""
+        return _completion(await self.achat([ChatMessage(role="user", content=prompt)], **kwargs))
+
+    def stream_chat(self, messages: list[ChatMessage], **kwargs: Any) -> Iterator[ChatResponse]:  # type: ignore[override]
+        """As `chat`: a recorded answer is whole, so the stream has one piece."""
+        response = self.chat(messages, **kwargs)
+        response.delta = response.message.content
+        yield response
+
+    def stream_complete(  # type: ignore[override]
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> Iterator[CompletionResponse]:
+        """As `complete`, in one piece."""
+        response = self.complete(prompt, **kwargs)
+        response.delta = response.text
+        yield response
+
+
+class _Bare:
+    """A LlamaIndex LLM, or a function that makes one: asked once a call, without a budget."""
+
+    def __init__(self, llm: LLM | Callable[[], LLM]) -> None:
+        self._given = llm
+
+    @cached_property
+    def llm(self) -> LLM:
+        return self._given if isinstance(self._given, LLM) else self._given()
+
+    async def ask(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
+        with self._failing():
+            return await self.llm.achat(messages, **call["params"])
+
+    def ask_and_block(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
+        with self._failing():
+            return self.llm.chat(messages, **call["params"])
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        if set_caps := [name for name in ("BUDGET_CALLS", "BUDGET_DOLLARS") if cap(name)]:
+            raise RunStopped(
+                f"{set_caps[0]} is set, and this LLM keeps no budget: hand it to the log as "
+                "live(llm), or unset the budget"
+            )
+        try:
+            yield
+        except Exception as error:  # of whatever client
+            said = redact(f"{type(error).__name__}: {error}")
+            raise CallFailed(said) from None  # the error itself may quote a key
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    try:
+        yield
+    except CallFailed:
+        if stage := STAGE.get():
+            stage.failed += 1
+        raise
+
+
+def _completion(response: ChatResponse) -> CompletionResponse:
+    return CompletionResponse(text=response.message.content or "", raw=response.raw)
+
+
+def _details(raw: Any) -> tuple[dict | None, str | None]:
+    """Usage and finish reason, where a provider's raw response has them in OpenAI's form."""
+    raw = raw.model_dump() if hasattr(raw, "model_dump") else raw
+    if not isinstance(raw, dict):
+        return None, None
+    usage: Any = raw.get("usage")
+    usage = usage.model_dump() if hasattr(usage, "model_dump") else usage
+    choice = (raw.get("choices") or [{}])[0]
+    choice = choice if isinstance(choice, dict) else vars(choice)
+    finish_reason = choice.get("finish_reason") or raw.get("finish_reason")
+    return dict(usage) if usage else None, finish_reason
+
+
+async def run_stage(
+    stage: str, jobs: Iterable[Coroutine], concurrency: int | None = None
+) -> list[Any]:
+    """Await all jobs, at most `concurrency` (by default CONCURRENCY) at a time.
+
+    Every job runs to its end before a failure is raised, so that all answers are in the log. But
+    after a RunStopped no other job begins.
+
+    Returns:
+        The jobs' results, in the order of the jobs.
+
+    Raises:
+        RunStopped: no further call makes sense or is allowed.
+        Collected: some calls were written out to be answered (JUDGE_MODE=collect).
+        Exception: the first failure of a job; a note on it says how many failed.
+    """
+    jobs = list(jobs)
+    left, results = iter(enumerate(jobs)), list[Any]([None]) * len(jobs)
+    state, stopped = Stage(stage), False
+
+    async def work(worker: int) -> None:
+        nonlocal stopped
+        STAGE.set(state)
+        # Start one worker per turn of the event loop. If all started in one turn, all replies
+        # would come at once, and each would wait for all others.
+        for _ in range(worker):
+            await asyncio.sleep(0)
+        while not stopped and (job := next(left, None)):
+            place, awaited = job
+            ROW.set(place)
+            FINISH.set(None)  # the last finish reason belongs to another row
+            try:
+                results[place] = await awaited
+            except Exception as error:  # raised below, when all jobs are done
+                results[place] = error
+                stopped |= isinstance(error, RunStopped)
+            bar.set_postfix_str(str(state), refresh=False)
+            bar.update()
+
+    try:
+        workers = int(number("CONCURRENCY") if concurrency is None else concurrency)
+        if workers < 1:
+            raise ValueError(f"{workers} calls at once: expected 1 or more")
+        with _progress_bar(stage, len(jobs)) as bar:
+            await asyncio.gather(*map(work, range(min(workers, len(jobs)))))
+    finally:
+        for _, job in left:  # the run was stopped or interrupted
+            job.close()
+        for log in list(_writers.values()):
+            with kept(log):
+                log.sync()
+    return _results(stage, results)
+
+
+def _progress_bar(stage: str, total: int) -> Any:
+    if terminal():
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
+    return tqdm(total=total, desc=stage, file=terminal(), disable=judge_mode() == "replay")
+
+
+def _results(stage: str, results: list) -> list:
+    """A stage's results, if no job failed."""
+    failures = [result for result in results if isinstance(result, Exception)]
+    if stopped := next((one for one in failures if isinstance(one, RunStopped)), None):
+        done = sum(result is not None for result in results) - len(failures)
+        said = f"stage {stage!r}: {stopped} ({done} of {len(results)} rows were done)"
+        raise RunStopped(said) from stopped.__cause__
+    waiting = [failure for failure in failures if isinstance(failure, NotAnswered)]
+    for failure in failures:
+        if failure not in waiting:
+            many = f"{len(failures)} of {len(results)} rows failed; what was answered is kept"
+            failure.add_note(f"stage {stage!r}: {many}")
+            raise failure
+    if waiting:
+        raise Collected(
+            f"stage {stage!r}: {len(waiting)} of {len(results)} rows wait for answers. Their "
+            f"requests are in {waiting[0]}: have them answered, merge the results with "
+            "`make fill`, and run again."
+        )
+    return results
