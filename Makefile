@@ -1,4 +1,5 @@
-# make help lists what there is. Needs Python 3.11 to 3.13, make and git; everything else goes into .venv.
+# make help lists what there is. Needs Python 3.11 to 3.13, make and git;
+# everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOK ?=
@@ -20,11 +21,11 @@ lint: .venv/installed ## formatter, linter and type check, as pyproject.toml con
 	@$(BIN)/mypy
 
 check: lint ## lint, and the fast tests
-	@$(BIN)/python -m pytest tests -m "not slow"
+	@$(BIN)/python -m pytest tests -m "not slow" -n auto --dist worksteal
 
 test: .venv/installed ## all tests, and every notebook replayed and compared with its committed outputs
-	@$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=300 \
-		--nbval-sanitize-with=tests/nbval_sanitize.cfg --cov
+	@$(BIN)/python -m pytest notebooks tests -n auto --dist loadfile --cov --nbval --nbval-current-env \
+		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 lab: .venv/installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
