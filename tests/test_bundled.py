@@ -372,7 +372,7 @@ def test_importing_the_helpers_is_cheap_and_quiet():
     assert run.stdout.strip() == "[] []" and not run.stderr
 
 
-LESSON = """settings rows log embeddings generate replies judge student pairs finetune metrics
+LESSON = """settings rows wordings replies log embeddings generate judge student pairs finetune metrics
 grade_metrics pair_metrics report""".split()
 LIVE = "budget models check collect documents embeddings finetuning published".split()
 HELPERS = ROOT / "notebooks" / "helpers"

@@ -194,7 +194,7 @@ class SingleGradingEvaluator(BaseEvaluator):
         logprobs: take the judge's distribution from the token log-probabilities of one call. A
             hosted model needs scale=100 for that, so that a score is one token, and
             params={"logprobs": True, "top_logprobs": 20}. The local student gives its distribution
-            on its own scale. `CallLog` keeps the log-probabilities of a reply's first line.
+            on its own scale. `CallLog` keeps the log-probabilities up to the line of the score.
 
     Raises:
         ValueError: another scale.
@@ -238,7 +238,9 @@ class SingleGradingEvaluator(BaseEvaluator):
         reason = cut_off(raw.get("finish_reason") if isinstance(raw, dict) else None) or reason
         distribution: dict[float, float] = {}
         if reason is None and self.logprobs:
-            distribution, reason = read_score_tokens(response.logprobs or [], self.scale)
+            distribution, reason = read_score_tokens(
+                response.logprobs or [], self.scale, reply=text
+            )
             score = lower_median(distribution) if reason is None else None
         if score is None or reason:
             return {"score": None, "acceptable": None, "text": text, "invalid": reason}

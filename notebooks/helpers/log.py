@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -34,7 +35,8 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms import LLM, CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback
 
-from .rows import DamagedFile, judge_mode, known_mode, parse_row, write_text
+from .replies import lines_to_score
+from .rows import ESCAPE, DamagedFile, judge_mode, known_mode, parse_row, write_text
 from .settings import CallFailed, RunStopped, cap, id_of, name_of, number, redact, terminal
 
 SCHEMA = 1
@@ -79,7 +81,7 @@ def call_key(model: str, messages: list[dict], params: dict, sample: int) -> str
     call = json.dumps(
         [model, messages, params, sample], sort_keys=True, ensure_ascii=False, separators=(",", ":")
     )
-    return hashlib.sha256(call.encode()).hexdigest()
+    return hashlib.sha256(call.encode(errors=ESCAPE)).hexdigest()
 
 
 def make_row(
@@ -96,17 +98,20 @@ def make_row(
         response: the reply's text.
         usage: the tokens that the provider reports.
         finish_reason: why the reply ended.
-        logprobs: {alternative: log-probability} of each token. Those of the first line are kept:
-            the score is there, and the rest would make rows a hundred times larger. The row has
-            this field only if it was asked for.
+        logprobs: {alternative: log-probability} of each token. Those up to the line of the score
+            are kept: the rest would make rows a hundred times larger. The row has this field only
+            if it was asked for.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     answer = {"response": response, "usage": usage, "finish_reason": finish_reason}
     row = {"v": SCHEMA, "key": call_key(**call), **call, **answer, "created": created}
     if logprobs:
         likeliest = [max(token, key=lambda t: token[t], default="") for token in logprobs]
-        ends = (i for i, text in enumerate(likeliest) if "\n" in text)
-        row["logprobs"] = logprobs[: next(ends, len(logprobs)) + 1]
+        ends, lines = (
+            list(accumulate(text.count("\n") for text in likeliest)),
+            lines_to_score(response),
+        )
+        row["logprobs"] = logprobs[: sum(end < lines for end in ends) + 1]
     return row
 
 
@@ -210,7 +215,10 @@ class CallLog:
             RuntimeError: another process writes to the file.
             OSError: the file cannot be written to, or the disk is full.
         """
-        key, line = bytes.fromhex(row["key"]), json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        key, line = (
+            bytes.fromhex(row["key"]),
+            json.dumps(row, ensure_ascii=False).encode(errors=ESCAPE) + b"\n",
+        )
         with self._lock:
             if key in self._index:
                 return self.get(row["key"]) or row
@@ -281,7 +289,7 @@ class CallLog:
             request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions"}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(
-                self.requests_path, "a" if self._collected else "w", encoding="utf-8"
+                self.requests_path, "a" if self._collected else "w", encoding="utf-8", errors=ESCAPE
             ) as file:
                 file.write(json.dumps({**request, "body": body}, ensure_ascii=False) + "\n")
             self._collected.add(name)
@@ -456,7 +464,10 @@ class LoggedLLM(CustomLLM):
         return None
 
     def _keep(self, call: dict, response: ChatResponse) -> dict:
-        tokens = [{one.token: one.logprob for one in place} for place in response.logprobs or []]
+        places = [sorted(place, key=lambda one: one.logprob) for place in response.logprobs or []]
+        tokens = [
+            {one.token: one.logprob for one in place} for place in places
+        ]  # the likelier stays
         usage, finish_reason = _details(response.raw)
         text = response.message.content or ""
         with kept(self._log):
@@ -584,7 +595,8 @@ def _details(raw: Any) -> tuple[dict | None, str | None]:
     usage = usage.model_dump() if hasattr(usage, "model_dump") else usage
     choice = (raw.get("choices") or [{}])[0]
     choice = choice if isinstance(choice, dict) else vars(choice)
-    finish_reason = choice.get("finish_reason") or raw.get("finish_reason")
+    names = ("finish_reason", "stop_reason", "done_reason")
+    finish_reason = choice.get("finish_reason") or next(filter(None, map(raw.get, names)), None)
     return dict(usage) if usage else None, finish_reason
 
 

@@ -1,5 +1,6 @@
 """Show judgements: tables and plots."""
 
+import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -168,6 +169,25 @@ def invalid_judgements(rows: list[dict]) -> pd.DataFrame:
     for line in table.values():
         line["reasons"] = "; ".join(sorted(line["reasons"]))
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("judge")
+
+
+def unread_replies(rows: list[dict]) -> pd.DataFrame:
+    """How many replies of each judge were not read, by the reason.
+
+    Returns:
+        One row for each judge and reason, the most frequent first, with the number of `replies`. A
+        number in a reason is written as "#". Both orders of a pair count.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        for evaluation in row.get("evaluations", []):
+            for reason in evaluation.get("invalid", "").split("; "):
+                said = re.sub(r"-?\d[\d.,]*", "#", re.sub("^(original|flipped): ", "", reason))
+                if said:
+                    counts[evaluation["llm"], said] = counts.get((evaluation["llm"], said), 0) + 1
+    order = sorted(counts.items(), key=lambda item: (item[0][0], -item[1]))
+    index = pd.MultiIndex.from_tuples([key for key, _ in order], names=["judge", "reason"])
+    return pd.DataFrame({"replies": [count for _, count in order]}, index=index)
 
 
 def _axes(columns: int, width: float = 4.2, height: float = 3.8) -> tuple["Figure", np.ndarray]:

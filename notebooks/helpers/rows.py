@@ -10,6 +10,7 @@ from .settings import ROOT, setting
 DATA = ROOT / "data"
 MODES = ("replay", "record", "collect")
 RECORDED = "recorded"
+ESCAPE = "backslashreplace"  # half a character, which UTF-8 cannot hold, becomes JSON's \\uXXXX
 
 
 class DamagedFile(ValueError):
@@ -84,7 +85,7 @@ def write_text(path: str | Path, text: str) -> None:
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     try:
         os.chmod(draft, 0o644)
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+        with open(handle, "w", encoding="utf-8", errors=ESCAPE, newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -68,11 +68,16 @@ def _calls(path: Path) -> dict[str, dict]:
 def _read_result(result: dict) -> tuple[str, tuple, str]:
     """(custom_id, parts of the row, what failed or "") of one result."""
     name, error, reply = result["custom_id"], result.get("error"), result.get("response") or {}
+    if not isinstance(name, str):
+        raise TypeError("custom_id is not text")
     if error or reply.get("status_code") != 200:
         return name, (), json.dumps(error or reply, ensure_ascii=False)
     choice, usage = reply["body"]["choices"][0], reply["body"].get("usage")
     places = (choice.get("logprobs") or {}).get("content") or []
-    tokens = [{one["token"]: one["logprob"] for one in place["top_logprobs"]} for place in places]
+    tops = [
+        sorted(place.get("top_logprobs") or [], key=lambda one: one["logprob"]) for place in places
+    ]
+    tokens = [{one["token"]: one["logprob"] for one in top} for top in tops] if any(tops) else []
     if usage and str(result.get("id")).startswith("batch_req"):
         usage = {**usage, BATCH: True}
     content = choice["message"]["content"]
