@@ -32,12 +32,13 @@ NAMES, VERDICT, ASPECTS, TEXTS = map(_any, ("names", "verdicts", "aspects", "tex
 SMALL = rf"(?:(?-i:\ba )|{_any('small')})"
 # What is read at all. All patterns leave case out of account, and "^" and "$" are ends of lines.
 NUMBER = r"[-+]?(?:\d+(?:\.\d+|,(?!\d{3}\b)\d+)?|(?<!\d)[.,]\d+)(?:e[-+]?\d+)?(?: [13]/[234]\b)?"
-UNIT = rf"(?: ?(?:{_bare('units')})(?!\w))?"
+UNIT = rf"(?: ?(?:{_bare('units')})(?![a-zа-я]))?"
 SCORE = (  # a number that may be a score, unlike those in "4-5", "4th", "4 dates", "4 for accuracy"
     rf"(?<![a-z\d_.,/^×+-])(?P<value>{NUMBER}){UNIT}"
     rf"(?: ?\(? ?(?:/|{_bare('out_of')}) ?(?:a )?(?:possible |max\w* )?(?P<top>{NUMBER})"
     rf"{UNIT}| ?(?P<percent>%|per ?cent))?"
     rf"(?![.,:]?\d|[a-z_^×+*]| ?[/⁄%]|-\w| ?= ?[a-z]| ?(?:{_bare('counters')})"
+    rf"|(?!(?:{_bare('particles')}))[\u3040-\u9fff\uac00-\ud7a3]"
     r"| ?(?:[-–—~〜]|to\b|or\b|bis\b|oder\b|ou\b) ?\d"
     rf"|(?-i: +(?!{_any('after')})[a-zà-öø-ÿа-я])"
     rf"|[ (]+(?:for|on|in) (?:the )?(?:{ASPECTS}|assistant|first|second|(?-i:[AB])\b))"
@@ -47,14 +48,16 @@ MARKER = (
     rf"\[\[ *(?P<value>{SIDE}(?P<one>[abc])|{TIE}"
     r"|(?P<left>[ab]) *(?P<sign>[<>=~≈]+) *(?P<right>[ab])) *\]\]"
 )
-AFTER_LETTER = rf"(?=(?:'s)? *(?:$|[^\w\s/&<>=~≈]|(?!and\b){_any('after')}|(?:wins|over|has|by|better|answer)\b))"
-LETTER = rf"\[?(?P<value>{SIDE}(?P<one>(?-i:[ABC])){AFTER_LETTER}|{TIE})"
+GOES_ON = rf"(?!and\b){_any('after')}|(?:wins|over|has|by|better|answer)\b"
+LETTER = (
+    rf"\[?(?P<value>{SIDE}(?P<one>(?-i:[ABC]))(?=(?:'s)? *(?:$|[^\w\s/&<>=~≈]|{GOES_ON}))|{TIE})"
+)
 # What leads to a value.
 SKIP = rf"(?:[^\w\n<>~≈≤≥.!?-]|-(?!\d)|\([^()\n]*\)|{SMALL})*?"
 IS = rf"[:=|(\[,—–-]|{_any('is')}"
 NAME = rf"(?P<aspect>{ASPECTS}[ :(|—–-]*)?(?:^[^\w\n]*(?:A )?|[^\w\s] *|{SMALL} *){NAMES}"
 GIVES = (
-    rf"(?:\b(?:i|we|i'\w+)\b[^\d.,;:!?\n]{{0,40}}?{_any('i_give')}|{_any('gets')}(?=.*\ba| \d)"
+    rf"(?:\b(?:i|we|i'\w+)\b[^\d.,;:!?\n]{{0,40}}?{_any('i_give')}|{_any('gets')}(?=.*\ba| *\Z)"
     rf"|\b(?:it|this|that)(?:'s| is) an?\b|{_any('gives')})"
 )
 REVISED = rf"{_any('revised')}|\brather(?! than)|\binstead(?! of)"
@@ -68,7 +71,7 @@ PREFERRED = (
 # Rows: what is before a value, what is after it, and whether the value is plainly stated.
 NUMBERED = [
     (rf"\A\[?{LINE}", r"(?=[^\w\n]*$)", True),  # alone on the first line
-    (rf"^.*(?:{NAMES}|assessment|judge?ment|feedback|verdict)[^\w\n]*\n{LINE}", END, True),
+    (rf"^.*(?:{NAMES}|judge?ment|feedback|verdict)[^\w\n]*\n{LINE}", END, True),
     (rf"[.!?)'] *\n{LINE}", r"(?=[^\w\n.\]]*\Z)", True),  # on the last one
     (rf"^{LINE}", END, False),
     (rf"\A{LINE}", AFTER_OPENING, True),
@@ -92,7 +95,8 @@ MORE = re.compile(  # from a score to another one
 TOPS = re.compile(  # where the scale ends
     r"(?i)scale\D{0,15}\d+\D{1,9}(\d+)|(\d+)[- ]point scale|(?<!\d )\bout of (\d+)(?! [a-z])"
     rf"|(?:{NAMES}|\d) *[\[(]\d+ ?(?:-|–|to|bis) ?(\d+)[\])]|(\d+) = (?:best|excellent|perfect)"
-    r"|\bmax\w*\W(?:score|points)?\W*(\d+)|满分(\d+)|(\d+)点満点"
+    r"|\bmax\w*\W(?:score|points)?\W*(\d+)|满分(\d+)|(\d+)(?:点満点|점 ?만점)"
+    r"|[01](?:到|至|から|에서) ?(\d+)"
 )
 CLAUSE = r"(?:(?!\b(?:so|hence|therefore|thus|but|yet|and i)\b)[^.,;:!?()\n])*"
 DENIED = re.compile(  # before a value, in its clause or sentence
