@@ -15,9 +15,9 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.evaluation import CorrectnessEvaluator
 from llama_index.core.llms import MockLLM
 
-from helpers import CallLog, fill, finetuning_events, judge_rows, load_rows
+from helpers import CallLog, fill, finetuning_events, judge_rows, live, load_rows
 from helpers.log import Collected, MissingCall, call_key, make_row, run_stage
-from helpers.settings import CallFailed
+from helpers.settings import CallFailed, RunStopped
 from helpers.student import LocalJudge
 
 
@@ -84,16 +84,11 @@ def test_samples_are_calls_of_their_own(path, rows):
 
 
 def test_a_live_model_is_made_only_when_it_is_needed(path, rows):
-    made = []
-
-    def make():
-        made.append(1)
-        return FakeLive()
-
-    judged(rows, CallLog(path, "record"), make)
-    judged(rows, CallLog(path, "record"), make)
-    judged(rows, CallLog(path, "replay"), make)
-    assert made == [1]
+    judged(rows, CallLog(path, "record"), FakeLive())
+    with pytest.raises(RunStopped, match="is the name of recorded calls"):
+        live("stand-in-teacher")()
+    for mode in ("record", "replay"):
+        judged(rows, CallLog(path, mode), live("stand-in-teacher"))
     with pytest.raises(ValueError, match="needs a live model for 'm'"):
         judged(rows, CallLog(path.with_name("other.jsonl"), "record"), None)
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from .settings import ROOT, setting
@@ -16,14 +16,13 @@ class DamagedFile(ValueError):
     """A file is not what it must be. The message names file, line and what was expected."""
 
 
-def judge_mode() -> str:
-    """The mode of this run, from `JUDGE_MODE`: "replay", "record" or "collect"."""
-    return known_mode(setting("JUDGE_MODE"))
+def judge_mode(mode: str | None = None) -> str:
+    """The mode of this run: "replay", "record" or "collect"; by default what JUDGE_MODE says.
 
-
-def known_mode(mode: str) -> str:
-    """The mode as it is; ValueError if there is no such mode."""
-    if mode not in MODES:
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if (mode := mode or setting("JUDGE_MODE")) not in MODES:
         raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)} (set by JUDGE_MODE)")
     return mode
 
@@ -76,22 +75,25 @@ def save_rows(path: str | Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_note(path: Path) -> dict:
+    """What a JSON file holds; {} if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8 in one step, by way of a draft beside it. It is on disk then."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Each writer has a draft of its own, so two processes do not mix their texts.
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        os.chmod(draft, 0o644)
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def parse_row(line: bytes, where: str) -> dict:

@@ -292,7 +292,7 @@ def cost_table(log: CallLog) -> pd.DataFrame:
     lines = []
     for row in log.rows():
         unused = "(not used by this run)", row["model"]
-        stage, model = stage_of.get(bytes.fromhex(row["key"]), unused)
+        stage, model = stage_of.get(row["key"], unused)
         prompt, reply, reported = tokens_of(row)
         priced = priced_as(log, model)
         dollars = row_dollars(row, priced)
