@@ -353,13 +353,11 @@ def test_a_busy_log_stops_the_batch_without_a_traceback(tmp_path, monkeypatch, c
         tmp_path / "notebooks" / "01_correctness.ipynb",
     )
     monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(
-        command, "_execute", lambda path, *rest, **more: command.Run(path, None, "Collected")
-    )
+    monkeypatch.setattr(command, "_execute", lambda *given, **more: (None, "Collected"))
     monkeypatch.setenv("SNAPSHOT", str(tmp_path / "mine"))
     log = tmp_path / "mine" / "correctness" / "calls.jsonl"
     log.parent.mkdir(parents=True)
     with FileLock(f"{log}.lock"):
-        assert command.run_in_batches([]) == 1
-    assert "01_correctness.ipynb: stopped:" in (said := capsys.readouterr().err)
+        assert command.run_in_batches(["01_correctness"]) == 1
+    assert "01_correctness: stopped:" in (said := capsys.readouterr().err)
     assert "another process is recording to this log" in said

@@ -346,15 +346,20 @@ def test_a_notebook_is_fit_to_be_compared(path):
     assert not re.search(r"/(root|home|tmp|Users)/", path.read_text())
 
 
-def test_a_reader_s_own_notebook_is_let_be(tmp_path, monkeypatch):
+def test_a_notebook_that_is_not_there_is_said(monkeypatch, capsys):
     from helpers import __main__ as command
 
-    (tmp_path / "Untitled.ipynb").write_text("{}")
-    (tmp_path / "04_more.ipynb").write_text("{}")
-    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path)
-    assert [path.name for path in command._paths([])] == ["04_more.ipynb"]
-    with pytest.raises(SystemExit, match="no notebook Untitled.ipynb; there are 04_more"):
-        command._paths(["Untitled"])
+    ran = []
+    monkeypatch.setattr(command, "run", lambda names, in_place: ran.append(names))
+    for given in ([], ["02_pairwise.ipynb"]):
+        monkeypatch.setattr(sys, "argv", ["helpers", "run", *given])
+        command.main()
+    assert ran == [[path.stem for path in NOTEBOOKS], ["02_pairwise"]]
+    monkeypatch.setattr(sys, "argv", ["helpers", "run", "Untitled"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "invalid choice: 'Untitled'" in (said := capsys.readouterr().err)
+    assert "01_correctness" in said
 
 
 def test_importing_the_helpers_is_cheap_and_quiet():
@@ -430,6 +435,6 @@ def test_a_kernel_that_dies_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     notebook = nbformat.v4.new_notebook(cells=[cell])
     nbformat.write(notebook, tmp_path / "01_correctness.ipynb")
     monkeypatch.setattr(command, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(command, "BUILD", tmp_path / "build")
-    assert command.run([]) == 1
+    monkeypatch.setattr(command, "output_folder", lambda name: tmp_path)
+    assert command.run(["01_correctness"]) == 1
     assert "01_correctness.ipynb: stopped: its kernel died" in capsys.readouterr().err

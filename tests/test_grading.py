@@ -767,7 +767,6 @@ def test_what_cannot_be_learnt_is_refused(change, said):
 
 
 def test_a_text_too_long_for_the_encoder_is_judged_and_said_once(recwarn):
-    embeddings._say_too_long.cache_clear()
     long = "The bridge opened in 1937 after four years of work. " * 60
     judge = untrained_judges(0.5, 0, 1)["base"]
     rows = [

@@ -29,7 +29,7 @@ from llama_index.core.llms import LLM, CompletionResponse, CustomLLM, LLMMetadat
 from llama_index.core.llms.callbacks import llm_chat_callback
 from pydantic_core import to_jsonable_python
 
-from .rows import DamagedFile, judge_mode, parse_row, read_note, write_text
+from .rows import DamagedFile, judge_mode, parse_row, write_text
 from .settings import CallFailed, RunStopped, cap, id_of, name_of, number, redact, terminal
 
 SCHEMA = 1
@@ -99,11 +99,7 @@ class CallLog:
     Opening reads the file once and keeps an index only. A torn last line, which a killed run
     leaves, is dropped with a warning; any other damage is a `DamagedFile`. An answer is written to
     the file before it is used, so a kill loses nothing. The disk is synced at the end of a stage
-    and about once a second.
-
-    Args:
-        path: the `calls.jsonl`. The first answer makes it.
-        mode: "replay", "record" or "collect"; by default what `JUDGE_MODE` says.
+    and about once a second. The mode is by default what `JUDGE_MODE` says.
     """
 
     def __init__(self, path: str | Path, mode: str | None = None) -> None:
@@ -122,7 +118,8 @@ class CallLog:
         self._collected: set[str] = set()
         # {logged name: model id} where they differ, as they do for personas: prices need the id.
         self._names_path = self.path.with_name("names.json")
-        self.models: dict[str, str] = read_note(self._names_path)
+        named = self._names_path.exists()
+        self.models: dict[str, str] = json.loads(self._names_path.read_text()) if named else {}
         if self.path.exists():
             self._scan()
 
@@ -142,7 +139,9 @@ class CallLog:
             model_name: the setting of a model, or any name.
             live: what `record` asks: `live(setting)`, which tries again and keeps to the budget, or
                 a LlamaIndex LLM as it is, which is asked once a call.
-            settings: `sample`, `params` and `system_prompt` of `LoggedLLM`.
+            settings: `sample`, which of several samples of a prompt it draws; `params`, sampling
+                parameters that are sent with each call, such as {"temperature": 0} (both are part
+                of the key); `system_prompt`, put before every prompt.
         """
         logged, asked = name_of(model_name), id_of(getattr(live, "setting", ""))
         if asked and self.models.get(logged, logged) != asked:
@@ -349,17 +348,7 @@ def kept(log: CallLog, so: str = "") -> Iterator[None]:
 
 
 class LoggedLLM(CustomLLM):
-    """A chat LLM in front of a call log. Made by `CallLog.llm`.
-
-    Args:
-        log: the call log.
-        live: what `record` asks (see `CallLog.llm`).
-        model_name: the name under which calls are logged.
-        sample: which of several samples of a prompt this LLM draws; part of the key.
-        params: sampling parameters, such as {"temperature": 0}; sent with each call, and part of
-            the key.
-        system_prompt: put before every prompt.
-    """
+    """A chat LLM in front of a call log. Made by `CallLog.llm`."""
 
     model_name: str
     sample: int = 0
@@ -507,13 +496,10 @@ def _details(raw: Any) -> tuple[dict | None, str | None]:
 async def run_stage(
     stage: str, jobs: Iterable[Coroutine], concurrency: int | None = None
 ) -> list[Any]:
-    """Await all jobs, at most `concurrency` (by default CONCURRENCY) at a time.
+    """Await all jobs, at most `concurrency` at a time; their results, in the order of the jobs.
 
     Every job runs to its end before a failure is raised, so that all answers are in the log. But
     after a RunStopped no other job begins.
-
-    Returns:
-        The jobs' results, in the order of the jobs.
 
     Raises:
         RunStopped: no further call makes sense or is allowed.

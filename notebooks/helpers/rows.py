@@ -75,11 +75,6 @@ def save_rows(path: str | Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_note(path: Path) -> dict:
-    """What a JSON file holds; {} if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8 in one step, by way of a draft beside it. It is on disk then."""
     path = Path(path)
