@@ -89,6 +89,10 @@ def test_a_live_model_is_made_only_when_it_is_needed(path, rows):
         live("stand-in-teacher")()
     for mode in ("record", "replay"):
         judged(rows, CallLog(path, mode), live("stand-in-teacher"))
+    with pytest.raises(
+        TypeError, match="expected live\\(setting\\) or a LlamaIndex LLM, found str"
+    ):
+        CallLog(path).llm("m", "gpt-4.1")
     with pytest.raises(ValueError, match="needs a live model for 'm'"):
         judged(rows, CallLog(path.with_name("other.jsonl"), "record"), None)
 

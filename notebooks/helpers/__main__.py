@@ -172,6 +172,13 @@ def _published() -> int:
     return int(bool(wrong))
 
 
+def _notebook(given: str) -> str:
+    """The name of a notebook, from its name or its file's."""
+    if (name := Path(given).stem) not in PARTS:
+        raise argparse.ArgumentTypeError(f"no notebook {given!r}; there are {', '.join(PARTS)}")
+    return name
+
+
 def main() -> int:
     """Run a command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
@@ -180,7 +187,7 @@ def main() -> int:
     running.add_argument("--in-place", action="store_true", help="write outputs to notebooks/")
     batching = commands.add_parser("batch", help="run notebooks through the Batch API")
     for one in (running, batching):
-        one.add_argument("notebooks", nargs="*", type=lambda name: Path(name).stem, choices=PARTS)
+        one.add_argument("notebooks", nargs="*", type=_notebook)
     filling = commands.add_parser("fill", help="merge a results file into a call log")
     filling.add_argument("log", type=Path)
     filling.add_argument("results", type=Path)

@@ -35,8 +35,8 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
     """(score, source) of a pair's two verdicts, each "A", "B" or "C", as LlamaIndex resolves them.
 
     The source is the order whose verdict counts, "original" or "flipped", or "neither" where the
-    two contradict. As in LlamaIndex and the published files, a score from the flipped order is left
-    as that order gave it: 1.0 there means the *second* answer. `pair_scores` turns it right.
+    two contradict. As in LlamaIndex, a score from the flipped order is left as that order gave it:
+    1.0 there means the *second* answer. `pair_scores` turns it right.
     """
     votes_first = SCORES[original] + 1 - SCORES[flipped]
     if votes_first == 1:
@@ -50,14 +50,14 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
 async def judge_rows(
     rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int | None = None
 ) -> list[dict]:
-    """Judge every row, and return the rows in the same order with one more evaluation each.
+    """Return the rows in the same order, each with one more evaluation.
 
     An evaluation is {"llm": name, "score", "text"}; `text` is the judge's whole reply. Single
-    grading adds "acceptable". A pairwise evaluation has "verdicts", those of the original and of
-    the flipped order, and "source" (see `resolve_orders`): both orders are always asked, and if
-    either cannot be read, the pair is invalid. An invalid evaluation has the score None and the
-    reason under "invalid": the reply cannot be read or was cut off, or the call failed. An older
-    evaluation of the same name is replaced. The rows that were passed in do not change.
+    grading adds "acceptable". Pairs add "verdicts", those of the original and of the flipped order,
+    and "source" (see `resolve_orders`): both orders are always asked, and if either cannot be read,
+    the pair is invalid. An invalid evaluation has the score None and the reason under "invalid":
+    the reply cannot be read or was cut off, or the call failed. An older evaluation of the same
+    name is replaced.
 
     Args:
         rows: correctness rows (`question`, `reference`, `response_data.text`), pairwise rows
@@ -169,11 +169,7 @@ class SingleGradingEvaluator(BaseEvaluator):
             divided by 100.
         logprobs: take the judge's distribution from the token log-probabilities of one call. A
             hosted model needs scale=100 for that, so that a score is one token, and
-            params={"logprobs": True, "top_logprobs": 20}. The local student gives its distribution
-            on its own scale. `CallLog` keeps the log-probabilities of a reply's first line.
-
-    Raises:
-        ValueError: another scale.
+            params={"logprobs": True, "top_logprobs": 20}.
     """
 
     def __init__(self, llm: LLM, rubric: str, scale: int = 1, logprobs: bool = False) -> None:
@@ -198,12 +194,10 @@ class SingleGradingEvaluator(BaseEvaluator):
         raise NotImplementedError("give the rubric to the constructor")
 
     async def grade(self, question: str, context: str, answer: str) -> dict:
-        """One judgement.
+        """One judgement: `score`, `acceptable` and `text`, the reply.
 
-        Returns:
-            `score` and `acceptable` (None if invalid, with the reason under `invalid`), `text` (the
-            reply), and with `logprobs` also `distribution`, [[score, probability], ...]. The score
-            is then its lower median.
+        With `logprobs` also `distribution`, [[score, probability], ...]: the score is its lower
+        median. If there is no score, `invalid` says why.
         """
         try:
             response = await self.llm.achat(self.messages(question, context, answer))
@@ -250,11 +244,7 @@ KINDS: dict[type, tuple[Callable, str]] = {
 
 
 def lower_median(distribution: dict[float, float]) -> float:
-    """The lowest score that holds half of the probability: of three samples the middle one.
-
-    Raises:
-        ValueError: the distribution is empty.
-    """
+    """The lowest score that holds half of the probability; ValueError if there is no score."""
     half, below = sum(distribution.values()) / 2 - 1e-12, 0.0
     for score in sorted(distribution):
         below += distribution[score]
@@ -264,16 +254,11 @@ def lower_median(distribution: dict[float, float]) -> float:
 
 
 def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict]:
-    """Make several samples of a judge's verdict one evaluation.
+    """Replace the evaluations by `judges`, samples of one judge's verdict, with one by `name`.
 
     It comes first, with the `samples` (None where a sample is invalid), their lower median as
     `score`, `acceptable`, and the `text` of the first sample with that score. It is invalid only if
     all samples are.
-
-    Args:
-        rows: judged rows.
-        judges: the names of the samples' evaluations, which it replaces.
-        name: of the new evaluation.
 
     Raises:
         KeyError: a row lacks one of the samples.
@@ -303,8 +288,7 @@ def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict
 def score_distribution(evaluation: dict) -> dict[float, float]:
     """{score: probability} of one evaluation; {} if it is invalid.
 
-    As its token log-probabilities gave it, else the shares of its valid samples, else all on its
-    score.
+    From its token log-probabilities, else its valid samples, else its score.
     """
     if "distribution" in evaluation:
         return dict(evaluation["distribution"])

@@ -119,7 +119,9 @@ class CallLog:
         # {logged name: model id} where they differ, as they do for personas: prices need the id.
         self._names_path = self.path.with_name("names.json")
         named = self._names_path.exists()
-        self.models: dict[str, str] = json.loads(self._names_path.read_text()) if named else {}
+        self.models: dict[str, str] = (
+            json.loads(self._names_path.read_text("utf-8")) if named else {}
+        )
         if self.path.exists():
             self._scan()
 
@@ -256,7 +258,7 @@ class CallLog:
             self._collected.add(name)
 
     def explain_missing(self, call: dict) -> str:
-        """Say which call is missing, which recorded prompt is nearest, and where the two differ."""
+        """Say which call is missing, the nearest recorded prompt, and where the two differ."""
         text, stage, model = prompt_text(call), STAGE.get(), call["model"]
 
         def distance(row: dict) -> tuple[bool, int]:
@@ -358,8 +360,10 @@ class LoggedLLM(CustomLLM):
 
     def __init__(self, log: CallLog, live: Any = None, **settings: Any) -> None:
         super().__init__(**settings)
-        bare = live is not None and not hasattr(live, "ask")
-        self._log, self._live = log, _Bare(live) if bare else live
+        if live is not None and not isinstance(live, LLM) and not hasattr(live, "ask"):
+            found = type(live).__name__
+            raise TypeError(f"live: expected live(setting) or a LlamaIndex LLM, found {found}")
+        self._log, self._live = log, _Bare(live) if isinstance(live, LLM) else live
 
     @property
     def metadata(self) -> LLMMetadata:

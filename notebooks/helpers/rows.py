@@ -9,7 +9,6 @@ from .settings import ROOT, setting
 
 DATA = ROOT / "data"
 MODES = ("replay", "record", "collect")
-RECORDED = "recorded"
 
 
 class DamagedFile(ValueError):
@@ -17,11 +16,7 @@ class DamagedFile(ValueError):
 
 
 def judge_mode(mode: str | None = None) -> str:
-    """The mode of this run: "replay", "record" or "collect"; by default what JUDGE_MODE says.
-
-    Raises:
-        ValueError: there is no such mode.
-    """
+    """The mode of a run, by default from JUDGE_MODE; ValueError if there is no such mode."""
     if (mode := mode or setting("JUDGE_MODE")) not in MODES:
         raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)} (set by JUDGE_MODE)")
     return mode
@@ -30,15 +25,15 @@ def judge_mode(mode: str | None = None) -> str:
 def snapshot_folder(name: str) -> Path:
     """The folder of a snapshot's part: `data/<name>`, or `data/<SNAPSHOT>/<name>`.
 
-    SNAPSHOT may be a path of its own. A run that records or collects never writes into the
-    bundled snapshot: without SNAPSHOT it writes to `data/recorded`.
+    SNAPSHOT may be a path of its own. Without it, a run that records or collects writes to
+    `data/recorded`.
 
     Raises:
         FileNotFoundError: a replay of a snapshot that is not there.
         ValueError: a recording into the bundled snapshot.
     """
     mode = judge_mode()
-    folder = DATA / (setting("SNAPSHOT") or ("" if mode == "replay" else RECORDED)) / name
+    folder = DATA / (setting("SNAPSHOT") or ("" if mode == "replay" else "recorded")) / name
     if mode != "replay" and folder.resolve() == (DATA / name).resolve():
         raise ValueError(
             f"SNAPSHOT={setting('SNAPSHOT')!r} is the bundled snapshot, which is not recorded "
@@ -92,11 +87,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def parse_row(line: bytes, where: str) -> dict:
-    """A line of a JSONL file as a dict. `where` is for the error.
-
-    Raises:
-        DamagedFile: it is not a JSON object in UTF-8.
-    """
+    """A line of a JSONL file as a dict; DamagedFile, with `where`, if it is none."""
     try:
         row = json.loads(line.decode("utf-8"))
     except ValueError as error:  # bad JSON and bad UTF-8 are both ValueErrors
