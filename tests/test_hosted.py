@@ -47,23 +47,23 @@ def path(tmp_path):
     return tmp_path / "snapshot" / "calls.jsonl"
 
 
-def students(server, chats, path, **settings):
-    return hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path), **settings)
+def students(server, chats, path):
+    return hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
 
 
 def test_a_job_goes_its_way_and_its_model_judges(chats, path, rows, capsys):
     with Server() as server:
-        tuned = students(server, chats, path, n_epochs=2, suffix="judge", seed=7)["hosted"]
+        tuned = students(server, chats, path)["hosted"]
         [(id, job)] = server.jobs.items()
-        assert (job["suffix"], job["seed"], job["model"]) == ("judge", 7, "gpt-4.1-mini")
+        assert job["model"] == "gpt-4.1-mini"
         assert job["method"] == {
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 2}},
+            "supervised": {"hyperparameters": {"n_epochs": 3}},
         }
         assert server.files[job["training_file"]] == chats.read_bytes()
         done = asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=tuned), name="t"))
         assert all(row["evaluations"][0]["score"] for row in done)
-        assert {body["model"] for body in server.bodies} == {f"ft:gpt-4.1-mini:org:soft-judge:{id}"}
+        assert {body["model"] for body in server.bodies} == {f"ft:gpt-4.1-mini:org:soft-name:{id}"}
     assert statuses(capsys) == ["started", "queued", "running", "succeeded"]
 
 
@@ -260,7 +260,7 @@ def test_a_refused_job_is_not_in_the_bill(chats, path, monkeypatch):
 
 def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, path, monkeypatch):
     monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
-    path, paid = tmp_path / "snapshot" / "calls.jsonl", 0
+    paid = 0
     with Server() as server:
         for i, last in enumerate(("succeeded", "failed", "succeeded")):
             server.job = ("running", last)

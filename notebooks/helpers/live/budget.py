@@ -4,8 +4,8 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
@@ -161,7 +161,7 @@ class Budget:
         self.log = proxy(log)  # the log may go when its notebook lets it go
         self._rows, self._counted = 0.0, 0  # dollars of the rows so far, and where these end
         self._unpriced = False
-        self._reserved: list[float] = []  # dollars of each call under way
+        self._asked, self._reserved = 0, 0.0  # calls under way, and the dollars for them
 
     @classmethod
     def of(cls, log: CallLog) -> "Budget":
@@ -199,37 +199,38 @@ class Budget:
         """Why the budget does not allow so many more calls and dollars now; "" if it does."""
         most_calls, most = cap("BUDGET_CALLS"), cap("BUDGET_DOLLARS")
         go_on = "What was answered is kept; raise the cap and run again to go on."
-        if calls and most_calls and len(self.log) + len(self._reserved) + calls > most_calls:
+        if calls and most_calls and len(self.log) + self._asked + calls > most_calls:
             asked = f", and {calls} more are asked for" if calls > 1 else ""
             return f"the budget of {most_calls:g} calls is used up{asked} (BUDGET_CALLS). {go_on}"
-        if most is None or (so_far := self.spent() + sum(self._reserved)) + dollars <= most:
+        if most is None or (so_far := self.spent() + self._reserved) + dollars <= most:
             return ""
         return (
             f"the budget of ${most:g} does not allow {what}: ${so_far:.4f} is spent, and {what} "
             f"may cost ${dollars:.4f} (BUDGET_DOLLARS). {go_on}"
         )
 
-    async def room_for(self, *calls: dict) -> None:
-        """While other calls are under way, wait until the budget allows these."""
-        most = sum(map(self._most, calls))
-        while self._reserved and self._refusal(len(calls), most, ""):
-            await asyncio.sleep(0.02)
-
     @contextmanager
     def reserved(self, *calls: dict) -> Iterator[None]:
         """Reserve the most that calls can cost, until they are answered; RunStopped if too much."""
         if stage := STAGE.get():
             stage.spent = self
-        most = list(map(self._most, calls))
-        what = "another call" if len(calls) == 1 else f"{len(calls)} more calls"
-        if why := self._refusal(len(calls), sum(most), what):
+        n, most = len(calls), sum(map(self._most, calls))
+        if why := self._refusal(n, most, "another call" if n == 1 else f"{n} more calls"):
             raise RunStopped(why)
-        self._reserved += most
+        self._asked, self._reserved = self._asked + n, self._reserved + most
         try:
             yield
         finally:
-            for dollars in most:
-                self._reserved.remove(dollars)
+            self._asked, self._reserved = self._asked - n, self._reserved - most
+
+    @asynccontextmanager
+    async def room_for(self, *calls: dict) -> AsyncIterator[None]:
+        """As `reserved`, but wait first while calls under way leave no room for these."""
+        most = sum(map(self._most, calls))
+        while self._asked and self._refusal(len(calls), most, ""):
+            await asyncio.sleep(0.02)
+        with self.reserved(*calls):
+            yield
 
     def allow_training(self, model: str, tokens: int) -> None:
         """RunStopped if the budget does not allow a fine-tuning job, or its price is not known."""

@@ -45,9 +45,7 @@ class HostedEmbedding(BaseEmbedding):
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         """As above, without blocking the event loop, in which chats may be under way."""
         if new := self._new(texts):
-            budget = Budget.of(self._log)
-            await budget.room_for(*new.values())
-            with budget.reserved(*new.values()):
+            async with Budget.of(self._log).room_for(*new.values()):
                 vectors = await ask(self._client().aget_text_embedding_batch, list(new))
                 self._keep(new, vectors)
         return self._kept(texts)

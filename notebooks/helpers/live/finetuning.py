@@ -15,6 +15,9 @@ from ..settings import LOCAL, CallFailed, RunStopped, name_of, number, redact, s
 from .budget import EPOCHS, JOB, TRAINING_PRICES, Budget, dollars_of, noted_jobs
 from .models import FAILED, ask_and_block, client_of, live, start_once, tell, wait_for
 
+SETTINGS = {
+    "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": EPOCHS}}}
+}
 CLOSED = (
     "OpenAI takes no new fine-tuning jobs after 2027-01-06, and since 2026-05-07 none from "
     "accounts that had none before. To train on the same file on your own machine, use "
@@ -22,21 +25,17 @@ CLOSED = (
 )
 
 
-def hosted_students(
-    model: str, data_path: str | Path, log: CallLog, n_epochs: int = EPOCHS, **settings: Any
-) -> dict[str, LLM]:
+def hosted_students(model: str, data_path: str | Path, log: CallLog) -> dict[str, LLM]:
     """A hosted model to compare the local student with, before and after fine-tuning.
 
     A run that records or collects starts the job and waits for it, FINETUNING_HOURS at most. The
     job's id is noted in `finetuning_job.json` beside the log, so an interrupted run waits for the
-    same job. Another model, file or setting means a new job. A replay needs the note only.
+    same job. Another model or file means a new job. A replay needs the note only.
 
     Args:
         model: of the role "student" (see `models_of`).
         data_path: the fine-tuning file. It is checked before it is uploaded.
         log: the calls of both models go through it.
-        n_epochs: of the job.
-        settings: of the job, as OpenAI's client takes them, such as `suffix` and `seed`.
 
     Returns:
         {"hosted": the fine-tuned model, "hosted_base": the model as it was}; {} if `model` is
@@ -50,8 +49,7 @@ def hosted_students(
     if model == LOCAL:
         return {}
     if log.mode != "replay":
-        method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": n_epochs}}}
-        _finetune(model, Path(data_path), log, n_epochs, {"method": method, **settings})
+        _finetune(model, Path(data_path), log)
     jobs = noted_jobs(log)
     if not jobs or not jobs[0]["fine_tuned_model"]:
         said = f"no fine-tuned model of {model!r} was recorded; run with JUDGE_MODE=record"
@@ -63,16 +61,16 @@ def hosted_students(
     }
 
 
-def _finetune(model: str, path: Path, log: CallLog, epochs: int, settings: dict) -> None:
+def _finetune(model: str, path: Path, log: CallLog) -> None:
     """Bring the job that is noted beside the log, or a new one, to its end, and note that."""
     note, client = log.path.with_name(JOB), client_of(model, whole_api=True)
-    estimate = epochs * sum(count_tokens(check_events(path)))
+    estimate = EPOCHS * sum(count_tokens(check_events(path)))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    wanted = {"base_model": name_of(model), "training_file_sha256": digest, "settings": settings}
+    wanted = {"base_model": name_of(model), "training_file_sha256": digest, "settings": SETTINGS}
     job, *earlier = noted_jobs(log) or [{}]
     failed = job.get("status") in FAILED
     if job and (failed or any(job[name] != value for name, value in wanted.items())):
-        why = f"was {job['status']}" if failed else "is of another model, file or setting"
+        why = f"was {job['status']}" if failed else "is of another model or file"
         tell(f"the fine-tuning job noted in {note.name} {why}: a new one is started")
         job, earlier = {}, [job, *earlier]
     if job.get("fine_tuned_model"):
@@ -88,7 +86,7 @@ def _finetune(model: str, path: Path, log: CallLog, epochs: int, settings: dict)
 
     if not job:
         Budget.of(log).allow_training(model, estimate)
-        job = keep(_start(client, path, name_of(model), settings))
+        job = keep(_start(client, path, name_of(model)))
         tell(f"fine-tuning job {job['id']} of {name_of(model)}: started")
     id, hours = job["id"], number("FINETUNING_HOURS")
     ended = wait_for("fine-tuning job", client.fine_tuning.jobs.retrieve, id, hours, note)
@@ -99,25 +97,25 @@ def _finetune(model: str, path: Path, log: CallLog, epochs: int, settings: dict)
         raise RunStopped(f"fine-tuning job {id} {how}: {redact(why)}")
 
 
-def _start(client: Any, path: Path, name: str, settings: dict) -> Any:
+def _start(client: Any, path: Path, name: str) -> Any:
     """Upload the file, and start a job. Returns the job."""
     file, jobs = (path.name, path.read_bytes()), client.fine_tuning.jobs
     try:
         upload = ask_and_block(client.files.create, file=file, purpose="fine-tune")
-        body = {"training_file": upload.id, "model": name, **settings}
+        body = {"training_file": upload.id, "model": name, **SETTINGS}
         return start_once("fine-tuning job", jobs.create, **body)
     except (RunStopped, CallFailed) as error:
         advice = CLOSED if error.status in (400, 403, 404) else "Run again to go on."
         raise RunStopped(f"fine-tuning {name!r}: {error} {advice}") from error.__cause__
 
 
-def training_cost(events: list[dict], epochs: int = EPOCHS) -> pd.DataFrame:
+def training_cost(events: list[dict]) -> pd.DataFrame:
     """What it would cost to fine-tune a hosted model on these chats.
 
     Returns:
-        A row a model: tokens over all epochs, the price per million, dollars.
+        A row a model: tokens over EPOCHS epochs, the price per million, dollars.
     """
-    tokens, models = sum(count_tokens(events)) * epochs, list(TRAINING_PRICES)
+    tokens, models = sum(count_tokens(events)) * EPOCHS, list(TRAINING_PRICES)
     table = pd.DataFrame({"tokens": tokens}, index=pd.Index(models, name="model"))
     table["$ per million"] = [dollars_of(model, trained=1_000_000) for model in models]
     return table.assign(**{"$": (table["$ per million"] * tokens / 1e6).round(2)})

@@ -53,9 +53,7 @@ class Live:
 
     async def ask(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
         """The model's reply to a call. RunStopped or CallFailed if there is none."""
-        budget = Budget.of(log)
-        await budget.room_for(call)
-        with budget.reserved(call):
+        async with Budget.of(log).room_for(call):
             return await ask(self().achat, messages, **call["params"])
 
     def ask_and_block(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
