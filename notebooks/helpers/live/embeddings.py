@@ -11,7 +11,7 @@ from ..embeddings import local_embedding
 from ..log import CallLog, MissingCall, call_key, kept, make_row
 from ..settings import LOCAL, name_of
 from .budget import Budget
-from .models import TIMEOUT, ask, ask_and_block, client_of
+from .models import TIMEOUT, access, ask, ask_and_block
 
 
 class HostedEmbedding(BaseEmbedding):
@@ -53,8 +53,7 @@ class HostedEmbedding(BaseEmbedding):
     def _client(self) -> BaseEmbedding:
         from llama_index.embeddings.openai import OpenAIEmbedding
 
-        with client_of(self._model, whole_api=True) as client:  # raises where there is none
-            url, key = str(client.base_url), client.api_key
+        url, key = access(self._model, whole_api=True)
         return OpenAIEmbedding(
             model_name=self.model_name, api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0
         )

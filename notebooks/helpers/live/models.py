@@ -33,8 +33,8 @@ STOPS = {
     403: "the key may not do this",
     404: "there is no such model, or no such address",
 }
-FAILED = ("failed", "cancelled", "expired")  # how a job or a batch may end, and
-ENDED = ("succeeded", "completed", *FAILED)
+FAILED = ("failed", "cancelled", "expired")
+ENDED = ("succeeded", "completed", *FAILED)  # the last statuses of a fine-tuning job or a batch
 
 
 class Live:
@@ -67,8 +67,16 @@ def live(model: str | LLM) -> Live:
     return Live(model)
 
 
-def access(model: str) -> tuple[str | None, str]:
-    """(base URL or None for OpenAI's own, key) of a hosted model. RunStopped if it has none."""
+def access(model: str, whole_api: bool = False) -> tuple[str | None, str]:
+    """(base URL or None for OpenAI's own, key) of a hosted model. RunStopped if it has none.
+
+    `whole_api` asks for OpenAI's API with files, batches and embeddings, not for chats alone.
+    """
+    if model.startswith("local:") or whole_api and model.startswith("hf:"):
+        raise RunStopped(
+            f"{id_of(model)!r}: this needs a model behind OpenAI's API, or one compatible with it "
+            "(an id, or id@url)"
+        )
     if model.startswith(settings.STAND_IN):
         raise RunStopped(
             f"{model!r} is the name of recorded calls, not of a model: set TEACHER_MODEL, "
@@ -106,15 +114,10 @@ def request_settings(model: str, params: dict) -> dict:
 
 
 def client_of(model: str, whole_api: bool = False) -> Any:
-    """OpenAI's own client for whatever serves a model, or its `whole_api`: not only chats."""
+    """OpenAI's own client for whatever serves a model. RunStopped as in `access`."""
     import openai
 
-    if model.startswith("local:") or whole_api and model.startswith("hf:"):
-        raise RunStopped(
-            f"{id_of(model)!r}: this needs a model behind OpenAI's API, or one compatible with it "
-            "(an id, or id@url)"
-        )
-    url, key = access(model)
+    url, key = access(model, whole_api)
     return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=0)
 
 
