@@ -245,7 +245,7 @@ def test_odd_line_ends_and_refusals_in_a_batch_s_results(rows, path, server, mon
         purpose,
     )
     [wrong] = answer_requests(log := collected(rows, path))
-    assert "a line that is no result" in wrong and len(log) == 12
+    assert "results.jsonl, line 13: not a result" in wrong and len(log) == 12
     log.close()
     done = judged(rows, path)
     assert [
@@ -261,7 +261,7 @@ def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
         (
             "BUDGET_DOLLARS",
             "0.001",
-            r"the budget of \$0.001 does not allow .*: \$0.0000 is spent, the next may cost \$0\.\d",
+            r"the budget of \$0.001 does not allow .*: \$0.0000 is spent, and 12 more calls may cost \$0\.\d",
         ),
     ):
         monkeypatch.setenv(name, value)
@@ -340,9 +340,12 @@ def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkey
 
 
 def test_models_without_a_batch_api_are_named(rows, path, monkeypatch):
-    for model in ("hf:mistralai/M", "stand-in-teacher"):
+    for model, said in (
+        ("hf:mistralai/M", "this needs a model behind OpenAI's API"),
+        ("stand-in-teacher", "is the name of recorded calls"),
+    ):
         monkeypatch.setenv("TEACHER_MODEL", model)
-        with pytest.raises(RunStopped, match=f"'{model}' has no Batch API"):
+        with pytest.raises(RunStopped, match=f"'{model}'.*{said}"):
             answer_requests(collected(rows, path, model=model, personas=("",)))
 
 

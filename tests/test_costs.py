@@ -25,10 +25,10 @@ from helpers.live.budget import (
     PROMPT_TOKENS,
     THINKING_TOKENS,
     Budget,
+    dollars_of,
     price_of,
     prompt_tokens,
     tokens_of,
-    training_price_of,
 )
 from helpers.live.check import unreachable
 from helpers.live.models import access
@@ -69,22 +69,17 @@ def paid(server, price=(2.0, 8.0)):
 
 
 def test_prices(monkeypatch):
-    assert (
-        price_of("gpt-4.1")
-        == price_of("gpt-4.1-2025-04-14")
-        == price_of("gpt-4.1@http://127.0.0.1:1/v1")
-        == (2.0, 8.0)
-    )
-    assert price_of("gpt-4.1-turbo") is price_of(
-        "ft:gpt-4.1-2025-04-14:org::id"
-    ) is None and price_of("local:any") == (0, 0)
+    for model in ("gpt-4.1", "gpt-4.1-2025-04-14", "gpt-4.1@http://127.0.0.1:1/v1"):
+        assert price_of(model) == (2.0, 8.0, 25.0)
+    for model in ("gpt-4.1-turbo", "ft:gpt-4.1-2025-04-14:org::id"):
+        assert all(map(math.isnan, price_of(model)))
+    assert price_of("local:any") == (0, 0, 0)
     monkeypatch.setenv("PRICES", "gpt-4.1=1/2, ft:gpt-4.1 = 3/4/5,org/m:free=0/0")
-    assert (
-        price_of("gpt-4.1") == (1, 2)
-        and price_of("ft:gpt-4.1-2025-04-14:org:soft-name:id") == (3, 4)
-        and price_of("hf:org/m:free") == (0, 0)
-    )
-    assert training_price_of("ft:gpt-4.1") == 5 and training_price_of("gpt-4.1") == 25
+    assert price_of("gpt-4.1") == (1, 2, 25)
+    assert price_of("ft:gpt-4.1-2025-04-14:org:soft-name:id") == (3, 4, 5)
+    assert price_of("hf:org/m:free")[:2] == (0, 0)
+    assert dollars_of("hf:org/m:free", 7, 7) == 0 and dollars_of("gpt-4.1", 1, 2, 3) == 80 / 1e6
+    assert math.isnan(dollars_of("hf:org/m:free", 7, 7, 1)), "of training it is not known"
     for wrong in ("gpt-4.1", "gpt-4.1=1", "=1/2", "gpt-4.1=1/two", "gpt-4.1=-1/2", "a=1/2/3/4"):
         monkeypatch.setenv("PRICES", wrong)
         with pytest.raises(ValueError, match='PRICES: .*expected "model=0.15/0.60"'):
@@ -127,7 +122,7 @@ def test_a_cap_in_money_holds_for_calls_under_way_too(many, tmp_path, monkeypatc
     with Server(delay=0.01) as server:
         with pytest.raises(
             RunStopped,
-            match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, the next may cost \$0.00",
+            match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, and another call may cost \$0.00",
         ):
             judged(many, path, server)
         held, most = len(load_rows(path)), 0.02
