@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar
+from functools import lru_cache, partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from .student import (
     words,
 )
 
-VERDICTS = "ABC"
 LIKENESSES = 3  # the last features of a pair; they do not change when the answers are swapped
 HEDGE = re.compile(
     r"\b(?:unknown|unclear|cannot|sorry|no information|"
@@ -41,7 +40,7 @@ def read_pair_prompt(messages: list[dict]) -> Item:
     """(question, source, answer A, answer B) from PairwiseComparisonEvaluator's prompt.
 
     Raises:
-        ValueError: the prompt does not have the evaluator's sections.
+        ValueError: The prompt does not have the evaluator's sections.
     """
     expected = (
         "a local pairwise judge reads PairwiseComparisonEvaluator's prompt, with question, "
@@ -72,82 +71,57 @@ def answer_features(question: str, source: str, answer: str) -> tuple[float, ...
     )
 
 
-def featurize_pairs(pairs: list[Item], kinds: str) -> np.ndarray:
-    """Features of pairs, (pairs, d + 3): d differences, then the likenesses.
-
-    Swapping the answers turns the sign of the differences, to the bit, and leaves the likenesses:
-    words in common, cosine, and how unequal the lengths are.
-
-    Args:
-        pairs: question, source and two answers, a row each.
-        kinds: of differences: "length"; "content", which adds the counts; "similarity", which adds
-            to these the encoder's cosines of answer and source, answer and question.
-    """
-    question, source, first, second = (embed([pair[i] for pair in pairs]) for i in range(4))
-    sides = []
-    for i, vectors in ((2, first), (3, second)):
-        counted = np.array([answer_features(pair[0], pair[1], pair[i]) for pair in pairs])
-        cosines = np.stack([(vectors * source).sum(1), (vectors * question).sum(1)], axis=1)
-        every = {
-            "length": counted[:, :1],
-            "content": counted,
-            "similarity": np.hstack([counted, cosines]),
-        }
-        sides.append(every[kinds])
-    difference = sides[0] - sides[1]
-    in_common = [overlap(pair[2], pair[3]) for pair in pairs]
-    likeness = [in_common, (first * second).sum(1), np.abs(difference[:, 0])]
-    return np.hstack([difference, np.stack(likeness, axis=1)])
-
-
 @dataclass
 class PairStudent(Student):
     """A trained pairwise judge. Swap the answers, and P(A) and P(B) swap, to the bit.
 
-    `fit` takes pairs, verdicts "A", "B" or "C" and, if any, distributions over these letters.
+    `fit` takes pairs (question, source and two answers), verdicts "A", "B" or "C" and, if any,
+    distributions over these letters.
     """
 
     KINDS: ClassVar[tuple[str, ...]] = ("length", "content", "similarity")
     STRENGTHS: ClassVar[tuple[float, ...]] = (0.03, 0.1, 0.3)
+    LABELS: ClassVar[tuple[str, ...]] = ("A", "B", "C")
 
     @staticmethod
     def featurize(items: list[Item], kinds: str) -> np.ndarray:
-        """The features of pairs, (pairs, features)."""
-        return featurize_pairs(items, kinds)
+        """Features of pairs, (pairs, d + 3): d differences, then the likenesses.
+
+        Swapping the answers turns the sign of the differences, to the bit. It leaves the
+        likenesses: words in common, cosine, and how unequal the lengths are. The differences are of
+        "length"; of "content", which adds the counts; or of "similarity", which adds to these the
+        encoder's cosines of answer and source, and of answer and question.
+        """
+        question, source, first, second = (embed([pair[i] for pair in items]) for i in range(4))
+        sides = []
+        for i, vectors in ((2, first), (3, second)):
+            counted = np.array([answer_features(pair[0], pair[1], pair[i]) for pair in items])
+            cosines = [(vectors * source).sum(1), (vectors * question).sum(1)]
+            sides.append(np.column_stack([counted, *cosines]))
+        # How many of the columns each kind uses. The last two are cosines.
+        used = {"length": 1, "content": -2, "similarity": None}[kinds]
+        difference = (sides[0] - sides[1])[:, :used]
+        in_common = [overlap(pair[2], pair[3]) for pair in items]
+        likeness = [in_common, (first * second).sum(1), np.abs(difference[:, 0])]
+        return np.column_stack([difference, *likeness])
 
     @staticmethod
-    def _labels(verdicts: Any, soft: list[dict]) -> np.ndarray:
-        return np.array(list(VERDICTS))
-
-    @staticmethod
-    def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _center(x: np.ndarray) -> np.ndarray:
         """Differences are not centred: 0 is the middle between A and B."""
-        mean, scale = x.mean(axis=0), x.std(axis=0)
+        mean = x.mean(axis=0)
         mean[:-LIKENESSES] = 0
-        scale[:-LIKENESSES] = np.sqrt((x[:, :-LIKENESSES] ** 2).mean(axis=0))
-        return mean, scale
+        return mean
 
     @staticmethod
-    def _basis(features: int) -> np.ndarray:
-        """Ties weights: a difference counts for A as much as against B, a likeness for a tie."""
-        rows = np.arange((features + 1) * 3).reshape(-1, 3)
-        basis = np.zeros((rows.size, len(rows)))
-        for i in range(len(rows)):
-            if i < features - LIKENESSES:
-                basis[rows[i, 0], i], basis[rows[i, 1], i] = 1, -1
-            else:
-                basis[rows[i, 2], i] = 1
-        return basis
+    def _ties(features: int) -> np.ndarray:
+        """A difference counts for A as much as against B; a likeness and the bias for a tie."""
+        differences = features - LIKENESSES
+        return np.array([[1, -1, 0]] * differences + [[0, 0, 1]] * (LIKENESSES + 1))
 
     @staticmethod
     def _error(probabilities: np.ndarray, hard: np.ndarray, labels: np.ndarray) -> float:
         """What cross-validation makes small: the negative log-likelihood."""
         return float(-(hard * np.log(probabilities)).sum())
-
-    def _logits(self, z: np.ndarray) -> np.ndarray:
-        lean = z[:, :-LIKENESSES] @ self.weights[: -LIKENESSES - 1, 0]
-        tie = z[:, -LIKENESSES:] @ self.weights[-LIKENESSES - 1 : -1, 2] + self.weights[-1, 2]
-        return np.stack([lean, -lean, tie], axis=1)
 
     def verdicts(self, pairs: list[Item]) -> list[str]:
         """The likeliest of "A", "B" and "C" for each pair."""
@@ -195,17 +169,10 @@ def untrained_pair_judges() -> dict[str, PairJudge]:
         "overlap": lambda pair, answer: overlap(pair[1], answer),
     }
 
-    def judge_by(name: str) -> Callable[[Item], tuple[str, str]]:
-        def judge(pair: Item) -> tuple[str, str]:
-            if name == "first":
-                return "A", "By rule: first."
-            first, second = (rules[name](pair, answer) for answer in pair[2:])
-            verdict = "A" if first > second else "B" if second > first else "C"
-            return verdict, f"By rule: {name}."
+    def judge(name: str, pair: Item) -> tuple[str, str]:
+        first, second = (rules[name](pair, answer) for answer in pair[2:])
+        return "A" if first > second else "B" if second > first else "C", f"By rule: {name}."
 
-        return judge
-
-    return {
-        name: PairJudge(judge_by(name), model_name=name)  # type: ignore[call-arg,arg-type]
-        for name in (*rules, "first")
-    }
+    judges: dict[str, Callable[[Item], tuple]] = {name: partial(judge, name) for name in rules}
+    judges["first"] = lambda pair: ("A", "By rule: first.")
+    return {name: PairJudge(rule, model_name=name) for name, rule in judges.items()}  # type: ignore[call-arg,arg-type]
