@@ -55,7 +55,7 @@ def read_prompt(messages: list[dict]) -> Item:
 
 def items_of(rows: list[dict]) -> list[Item]:
     """The items of correctness rows or, where rows have no reference, of single-grading rows."""
-    items = []
+    items: list[Item] = []
     for row in rows:
         answer = row["response_data"]
         items.append((row["question"], row.get("reference", answer.get("context")), answer["text"]))
