@@ -114,10 +114,7 @@ def resolve_pairwise_events(
     Args:
         events: Chats with PairwiseComparisonEvaluator's prompt, in any order.
         rows: Pairwise rows. Their first evaluation is the teacher's.
-        both_orders: Keep the other order's chat too, where the row has a verdict.
-
-    Returns:
-        The chats, in the order of the rows.
+        both_orders: Keep the other order's chat too. It comes second.
 
     Raises:
         ValueError: An event belongs to no row, or a row lacks the chat that decided it.

@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import ClassVar
 
 import numpy as np
+from numpy import ndarray
 
 from .embeddings import embed
 from .student import (
@@ -17,7 +18,7 @@ from .student import (
     names,
     numbers,
     overlap,
-    read_sections,
+    read_prompt,
     share,
     words,
 )
@@ -37,16 +38,8 @@ PROMPT = re.compile(
 
 
 def read_pair_prompt(messages: list[dict]) -> Item:
-    """(question, source, answer A, answer B) from PairwiseComparisonEvaluator's prompt.
-
-    Raises:
-        ValueError: The prompt does not have the evaluator's sections.
-    """
-    expected = (
-        "a local pairwise judge reads PairwiseComparisonEvaluator's prompt, with question, "
-        "reference and two answers"
-    )
-    return read_sections(messages, PROMPT, expected)
+    """(question, source, answer A, answer B) from PairwiseComparisonEvaluator's prompt."""
+    return read_prompt(messages, PROMPT)
 
 
 @lru_cache(maxsize=100_000)  # cross-validation asks for the same answers over and over
@@ -55,17 +48,14 @@ def answer_features(question: str, source: str, answer: str) -> tuple[float, ...
     asked, known = words(question), words(source)
     said, named = words(answer) - asked, names(answer) - asked
     numbered, length = numbers(answer) - numbers(question), len(WORD.findall(answer))
+    evidence = (said, known), (named, known), (numbered, numbers(source))
+    counts = [len(part) for one, whole in evidence for part in (one & whole, one - whole)]
     return (
         np.log1p(length),
         float(length <= 5),
         share(asked, words(answer)),
         share(said, known),
-        np.log1p(len(said & known)),
-        np.log1p(len(said - known)),
-        np.log1p(len(named & known)),
-        np.log1p(len(named - known)),
-        np.log1p(len(numbered & numbers(source))),
-        np.log1p(len(numbered - numbers(source))),
+        *np.log1p(counts),
         float(answer.rstrip()[-1:] not in tuple('.!?"”')),
         float(len(HEDGE.findall(answer))),
     )
@@ -84,7 +74,7 @@ class PairStudent(Student):
     LABELS: ClassVar[tuple[str, ...]] = ("A", "B", "C")
 
     @staticmethod
-    def featurize(items: list[Item], kinds: str) -> np.ndarray:
+    def featurize(items: list[Item], kinds: str) -> ndarray:
         """Features of pairs, (pairs, d + 3): d differences, then the likenesses.
 
         Swapping the answers turns the sign of the differences, to the bit. It leaves the
@@ -106,20 +96,13 @@ class PairStudent(Student):
         return np.column_stack([difference, *likeness])
 
     @staticmethod
-    def _center(x: np.ndarray) -> np.ndarray:
-        """Differences are not centred: 0 is the middle between A and B."""
-        mean = x.mean(axis=0)
-        mean[:-LIKENESSES] = 0
-        return mean
-
-    @staticmethod
-    def _ties(features: int) -> np.ndarray:
+    def _ties(features: int) -> ndarray:
         """A difference counts for A as much as against B; a likeness and the bias for a tie."""
         differences = features - LIKENESSES
         return np.array([[1, -1, 0]] * differences + [[0, 0, 1]] * (LIKENESSES + 1))
 
     @staticmethod
-    def _error(probabilities: np.ndarray, hard: np.ndarray, labels: np.ndarray) -> float:
+    def _error(probabilities: ndarray, hard: ndarray, labels: ndarray) -> float:
         """What cross-validation makes small: the negative log-likelihood."""
         return float(-(hard * np.log(probabilities)).sum())
 

@@ -13,6 +13,7 @@ from llama_index.core.base.llms.types import CompletionResponse, LLMMetadata, Lo
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms import ChatMessage, ChatResponse, CustomLLM, MessageRole
 from llama_index.core.llms.callbacks import llm_chat_callback
+from numpy import ndarray
 
 from .embeddings import embed
 
@@ -32,25 +33,19 @@ STOPWORDS = frozenset(
 FOLDS = 5
 
 
-def read_sections(messages: list[dict], sections: re.Pattern, expected: str) -> Item:
-    """The groups of `sections` in the user's message; a ValueError names what was `expected`."""
-    text = next((message["content"] for message in messages if message["role"] == "user"), "")
-    if not (match := sections.search(text)):
-        raise ValueError(f"{expected}; this one begins {text[:80]!r}")
-    return match.groups()
-
-
-def read_prompt(messages: list[dict]) -> Item:
-    """(question, evidence, answer) from CorrectnessEvaluator's or SingleGradingEvaluator's prompt.
+def read_prompt(messages: list[dict], sections: re.Pattern = SECTIONS) -> Item:
+    """The texts of an evaluator's prompt: (question, evidence, answer) by the default `sections`.
 
     Raises:
-        ValueError: The prompt does not have the evaluators' three sections.
+        ValueError: The prompt does not have the sections.
     """
-    expected = (
-        "a local judge reads CorrectnessEvaluator's prompt, with the sections User Query, "
-        "Reference Answer (or Context) and Generated Answer"
-    )
-    return read_sections(messages, SECTIONS, expected)
+    text = next((message["content"] for message in messages if message["role"] == "user"), "")
+    if not (match := sections.search(text)):
+        raise ValueError(
+            "a local judge reads CorrectnessEvaluator's prompt or SingleGradingEvaluator's, and a "
+            f"local judge of pairs PairwiseComparisonEvaluator's; this one begins {text[:80]!r}"
+        )
+    return match.groups()
 
 
 def items_of(rows: list[dict]) -> list[Item]:
@@ -102,34 +97,28 @@ def lexical_features(item: Item) -> tuple[float, ...]:
     return (*features, overlap(reference, answer), given, given - wanted)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def _log_softmax(logits: ndarray) -> ndarray:
     from scipy.special import log_softmax
 
     return log_softmax(logits, axis=1)
 
 
 def distillation_loss(
-    weights: np.ndarray,
-    x: np.ndarray,
-    hard: np.ndarray,
-    soft: np.ndarray,
+    weights: ndarray,
+    x: ndarray,
+    hard: ndarray,
+    soft: ndarray,
     alpha: float = 1.0,
     temperature: float = 1.0,
     strength: float = 0.0,
-) -> tuple[float, np.ndarray]:
+) -> tuple[float, ndarray]:
     """Loss alpha * CE(hard label) + (1 - alpha) * T^2 * KL(teacher || student), and gradient.
 
-    Args:
-        weights: A (features + 1, verdicts) matrix, flat. Its last row is the bias.
-        x: Features, (rows, features).
-        hard: The teacher's verdicts, one-hot, (rows, verdicts).
-        soft: The teacher's distributions, (rows, verdicts). Each row sums to 1.
-        alpha: The share of the hard labels.
-        temperature: T. It softens both distributions in the second term.
-        strength: The L2 penalty is strength / 2 * the sum of the squares, without the bias.
-
-    Returns:
-        (loss, gradient), in nats a row. The gradient is flat too.
+    `weights` is a (features + 1, verdicts) matrix, flat. Its last row is the bias. The features `x`
+    are (rows, features). The teacher's verdicts `hard`, one-hot, and its distributions `soft` are
+    (rows, verdicts). T, the `temperature`, softens both distributions. A penalty is added:
+    `strength` / 2 * the sum of the squared weights, without the bias. Loss and gradient, which is
+    flat, are in nats a row.
 
     Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"
     (arXiv:1503.02531).
@@ -152,13 +141,11 @@ def distillation_loss(
     return loss, gradient.ravel()
 
 
-def folds(items: list[Item]) -> list[tuple[np.ndarray, np.ndarray]]:
+def folds(items: list[Item]) -> list[tuple[ndarray, ndarray]]:
     """(train, held out) masks of each fold of cross-validation; the draw is seeded.
 
-    Items with the same question on the same evidence, their first two parts, stay together.
-
-    Raises:
-        ValueError: There are fewer questions than folds.
+    Items with the same question on the same evidence, their first two parts, stay together. It is a
+    ValueError if there are fewer questions than folds.
     """
     questions = list(dict.fromkeys(item[:2] for item in items))
     if len(questions) < FOLDS:
@@ -181,30 +168,22 @@ def check_settings(alpha: float, temperature: float) -> None:
 
 
 def fit_head(
-    x: np.ndarray,
-    hard: np.ndarray,
-    soft: np.ndarray,
-    ties: np.ndarray | None = None,
-    **settings: float,
-) -> np.ndarray:
+    x: ndarray, hard: ndarray, soft: ndarray, ties: ndarray | None = None, **settings: float
+) -> ndarray:
     """The weights, (features + 1, verdicts), that minimise `distillation_loss`: L-BFGS from zero.
 
-    Args:
-        x: Features, as `hard` and `soft` for `distillation_loss`.
-        hard: One-hot verdicts.
-        soft: Distributions.
-        ties: (features + 1, verdicts). If given, a row of the weights is one number times this row.
-        settings: `alpha`, `temperature` and `strength` of the loss.
+    For `x`, `hard`, `soft` and `settings` see there. `ties`, (features + 1, verdicts), makes each
+    row of the weights a number times its own row.
     """
     from scipy.optimize import minimize
     from threadpoolctl import threadpool_limits
 
     shape = x.shape[1] + 1, hard.shape[1]
 
-    def weights(parameters: np.ndarray) -> np.ndarray:
+    def weights(parameters: ndarray) -> ndarray:
         return parameters.reshape(shape) if ties is None else parameters[:, None] * ties
 
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+    def loss(parameters: ndarray) -> tuple[float, ndarray]:
         value, gradient = distillation_loss(weights(parameters), x, hard, soft, **settings)
         return value, gradient if ties is None else (gradient.reshape(shape) * ties).sum(axis=1)
 
@@ -220,11 +199,11 @@ class Student:
     """A trained judge."""
 
     kinds: str  # of features that it uses
-    mean: np.ndarray  # of each feature on the training rows
-    scale: np.ndarray  # of each feature
-    weights: np.ndarray  # of the head, (features + 1, verdicts)
-    labels: np.ndarray  # the verdicts
-    held_out: np.ndarray | None = None  # distribution of each training item when it was held out
+    mean: ndarray  # of each feature on the training rows
+    scale: ndarray  # of each feature
+    weights: ndarray  # of the head, (features + 1, verdicts)
+    labels: ndarray  # the verdicts
+    held_out: ndarray | None = None  # distribution of each training item when it was held out
 
     KINDS: ClassVar[tuple[str, ...]] = ("lexical", "similarity")
     STRENGTHS: ClassVar[tuple[float, ...]] = (0.01, 0.03, 0.1)
@@ -234,7 +213,7 @@ class Student:
     def fit(
         cls,
         items: list[Item],
-        verdicts: list | np.ndarray,
+        verdicts: list | ndarray,
         soft: list[dict] | None = None,
         alpha: float = 1.0,
         temperature: float = 1.0,
@@ -247,25 +226,38 @@ class Student:
         Args:
             items: Question, evidence and answer of each row.
             verdicts: The hard labels.
-            soft: The teacher's distribution of each row, {score: probability}. By default all of it
-                is on the verdict.
-            alpha: As `temperature`, see `distillation_loss`.
-            temperature: Of the loss.
+            soft: {score: probability} of each row; by default all of it is on the verdict.
+            alpha: See `distillation_loss`.
+            temperature: See `distillation_loss`.
 
         Raises:
             ValueError: alpha or temperature is out of range, or there is too little to learn from.
         """
         check_settings(alpha, temperature)
-        _check_verdicts(items, list(verdicts))
+        if not items:
+            raise ValueError("no rows to learn from")
+        missing = [n for n, one in enumerate(verdicts) if one is None or one != one]
+        if missing:
+            raise ValueError(
+                f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave "
+                "such rows out"
+            )
+        if len(set(verdicts)) < 2:
+            raise ValueError(
+                f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell "
+                "apart"
+            )
         soft = soft or [{verdict: 1.0} for verdict in verdicts]
         scores = [*verdicts, *(score for row in soft for score in row)]
         labels = np.array(cls.LABELS) if cls.LABELS else np.unique(scores)
         hard = (np.asarray(verdicts)[:, None] == labels).astype(float)
         shares = np.array([[row.get(label, 0.0) for label in labels.tolist()] for row in soft])
 
-        def train(rows: Any, kinds: str, x: np.ndarray, strength: float) -> Student:
+        def train(rows: Any, kinds: str, x: ndarray, strength: float) -> Student:
             x, ties = x[rows], cls._ties(x.shape[1])
-            mean = cls._center(x)
+            mean = x.mean(axis=0)
+            if ties is not None:  # A feature that tells A from B is not centred: 0 is the middle.
+                mean[ties[:-1].sum(axis=1) == 0] = 0
             scale = np.sqrt(((x - mean) ** 2).mean(axis=0))
             scale = np.where(scale > 1e-9, scale, 1.0)
             settings = {"alpha": alpha, "temperature": temperature, "strength": strength}
@@ -290,10 +282,10 @@ class Student:
         student.held_out = unseen
         return student
 
-    # Another kind of judge overrides these four:
+    # Another kind of judge overrides these three:
 
     @staticmethod
-    def featurize(items: list[Item], kinds: str) -> np.ndarray:
+    def featurize(items: list[Item], kinds: str) -> ndarray:
         """Features, (items, features): "lexical" are counts; "similarity" adds three cosines."""
         counted = np.array([lexical_features(item) for item in items])
         if kinds == "lexical":
@@ -303,38 +295,31 @@ class Student:
         return np.column_stack([counted, *((one * other).sum(1) for one, other in pairs)])
 
     @staticmethod
-    def _center(x: np.ndarray) -> np.ndarray:
-        return x.mean(axis=0)
-
-    @staticmethod
-    def _ties(features: int) -> np.ndarray | None:
+    def _ties(features: int) -> ndarray | None:
         return None
 
     @staticmethod
-    def _error(probabilities: np.ndarray, hard: np.ndarray, labels: np.ndarray) -> float:
+    def _error(probabilities: ndarray, hard: ndarray, labels: ndarray) -> float:
         """What cross-validation makes small: the squared error of the expected score."""
         return float(((probabilities @ labels - hard @ labels) ** 2).sum())
 
-    def _predict(self, x: np.ndarray) -> np.ndarray:
+    def _predict(self, x: ndarray) -> ndarray:
         z = (x - self.mean) / self.scale
         # Not z @ weights: BLAS may add up each column in another order, and then swapped answers
         # would not swap P(A) and P(B) to the bit.
         logits = (z[:, :, None] * self.weights[:-1]).sum(axis=1) + self.weights[-1]
         return np.exp(_log_softmax(logits))
 
-    def probabilities(self, items: list[Item]) -> np.ndarray:
+    def probabilities(self, items: list[Item]) -> ndarray:
         """The student's distribution over `labels`, (items, verdicts)."""
         return self._predict(self.featurize(items, self.kinds))
 
-    def scores(self, items: list[Item]) -> np.ndarray:
+    def scores(self, items: list[Item]) -> ndarray:
         """The expected score of each item, (items,), rounded to `_decimals`."""
         return np.round(self.probabilities(items) @ self.labels, _decimals(np.ptp(self.labels)))
 
     def llm(self, name: str = "local-student") -> "LocalJudge":
-        """The student as a LlamaIndex LLM, for CorrectnessEvaluator and SingleGradingEvaluator.
-
-        It answers on the scale of the scores that it learnt.
-        """
+        """The student as a LlamaIndex LLM. It answers on the scale of the scores that it learnt."""
 
         def judge(item: Item) -> tuple[float, str, dict]:
             probabilities = self.probabilities([item])[0]
@@ -366,33 +351,15 @@ def _decimals(extent: float) -> int:
     return 1 if extent > 1 else 2
 
 
-def _check_verdicts(items: list[Item], verdicts: list) -> None:
-    if not items:
-        raise ValueError("no rows to learn from")
-    missing = [n for n, verdict in enumerate(verdicts) if verdict is None or verdict != verdict]
-    if missing:
-        raise ValueError(
-            f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave "
-            "such rows out"
-        )
-    if len(set(verdicts)) < 2:
-        raise ValueError(
-            f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell apart"
-        )
-
-
 class LocalJudge(CustomLLM):
     """A function of (question, evidence, answer) as an LLM: it reads the judge's prompt.
 
-    Args:
-        judge: Returns (score, reason), or (score, reason, {score: probability}). The last becomes
-            the reply's log-probabilities.
-        model_name: Its name.
-        decimals: Of the score in the reply.
+    `judge` returns (score, reason), or (score, reason, {score: probability}). The last becomes the
+    reply's log-probabilities.
     """
 
     model_name: str
-    decimals: int = 1
+    decimals: int = 1  # of the score in the reply
     _judge: Callable = PrivateAttr()
 
     def __init__(self, judge: Callable[[Item], tuple], **settings: Any) -> None:
