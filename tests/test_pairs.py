@@ -517,6 +517,11 @@ def test_positions_by_hand(pairs):
     assert table.to_numpy().sum() == 12
 
 
+def test_no_rows_have_no_position():
+    report = position_report([], ["t"]).loc["t"]
+    assert report["pairs"] == 0 and np.isnan(report["consistency"])
+
+
 def test_the_pretty_table_is_the_same_each_time(pairs):
     [row] = judged(pairs[:1], PairJudge(lambda shown: ("C", "Equal."), model_name="j"))
     assert show_pair(row, "t").to_html() == show_pair(row, "t").to_html()
