@@ -16,11 +16,11 @@ from llama_index.core.utils import get_tokenizer
 
 from .judge import lower_median
 from .log import ROW
-from .pairs import PROMPT, PairStudent, read_pair_prompt
+from .pairs import PAIR_SECTIONS, PairStudent
 from .replies import read_score, read_verdict
 from .rows import DamagedFile, load_rows, write_text
 from .settings import LOCAL
-from .student import Student, check_settings, read_prompt
+from .student import SECTIONS, Student, check_settings, read_prompt
 
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
@@ -48,8 +48,7 @@ def finetuning_events() -> Iterator[list[dict]]:
 
     An event is {"messages": system, user and assistant, "row": the number of its row}. The events
     are in the order of the rows, and within a row in the order of the questions. A failed call
-    leaves no event. LlamaIndex's own OpenAIFineTuningHandler keeps the order of starting and breaks
-    on a failed call. Once it is set globally, it collects the students' calls too.
+    leaves no event. LlamaIndex's OpenAIFineTuningHandler breaks on one, and keeps another order.
     """
     events: list[dict] = []
     handlers, recorder = get_dispatcher().event_handlers, _Recorder(chats={})
@@ -66,11 +65,8 @@ def finetuning_events() -> Iterator[list[dict]]:
 
 def readable_events(events: list[dict], low: float = 1, high: float = 5) -> list[dict]:
     """The chats whose reply holds a score from `low` to `high`."""
-
-    def score(event: dict) -> float | None:
-        return read_score(event["messages"][-1]["content"], low, high)[0]
-
-    return [event for event in events if score(event) is not None]
+    scores = [read_score(event["messages"][-1]["content"], low, high)[0] for event in events]
+    return [event for event, score in zip(events, scores) if score is not None]
 
 
 def save_events(path: str | Path, events: list[dict]) -> None:
@@ -109,12 +105,8 @@ def resolve_pairwise_events(
     """Keep the chats to learn from: for each row, the chat of the order that decided it.
 
     A row without a verdict gives no chat. An event finds its row and order by its prompt, so
-    retries, failures and concurrency shift nothing.
-
-    Args:
-        events: Chats with PairwiseComparisonEvaluator's prompt, in any order.
-        rows: Pairwise rows. Their first evaluation is the teacher's.
-        both_orders: Keep the other order's chat too. It comes second.
+    retries, failures and concurrency shift nothing. The first evaluation of a row is the teacher's.
+    `both_orders` keeps the other order's chat too, after the first.
 
     Raises:
         ValueError: An event belongs to no row, or a row lacks the chat that decided it.
@@ -129,7 +121,7 @@ def resolve_pairwise_events(
             places.setdefault(shown, []).append((number, order))
     chats = {}
     for number, event in enumerate(events):
-        waiting = places.get(read_pair_prompt(event["messages"]))
+        waiting = places.get(read_prompt(event["messages"], PAIR_SECTIONS))
         if not waiting:
             raise ValueError(
                 f"event {number} belongs to none of the rows (or a row's chat is there more than "
@@ -176,10 +168,8 @@ class LocalFinetuneEngine:
     """Trains the local student on a fine-tuning file, with the methods of OpenAIFinetuneEngine.
 
     Where a prompt is in the file more than once, the replies are the teacher's distribution. The
-    hard label is their lower median or, for pairs, their `majority`.
-
-    Raises:
-        ValueError: Another base model, or alpha or temperature out of range.
+    hard label is their lower median or, for pairs, their `majority`. It is a ValueError if the
+    model is another one, or if alpha or temperature is out of range.
     """
 
     base_model: str = LOCAL  # the one encoder there is
@@ -202,8 +192,8 @@ class LocalFinetuneEngine:
             DamagedFile: The file is not what it must be, or a reply cannot be read.
         """
         events = check_events(self.data_path)
-        pairs = bool(PROMPT.search(events[0]["messages"][1]["content"]))
-        read_input = read_pair_prompt if pairs else read_prompt
+        pairs = bool(PAIR_SECTIONS.search(events[0]["messages"][1]["content"]))
+        sections = PAIR_SECTIONS if pairs else SECTIONS
         samples: dict = {}  # what the teacher said to each prompt
         for number, event in enumerate(events, 1):
             where, reply = f"{self.data_path}, line {number}", event["messages"][-1]["content"]
@@ -211,7 +201,7 @@ class LocalFinetuneEngine:
             if label is None:
                 raise DamagedFile(f"{where}: cannot learn from the reply: {reason}")
             try:
-                samples.setdefault(read_input(event["messages"]), []).append(label)
+                samples.setdefault(read_prompt(event["messages"], sections), []).append(label)
             except ValueError as error:
                 raise DamagedFile(f"{where}: {error}") from error
         soft = [{one: said.count(one) / len(said) for one in said} for said in samples.values()]

@@ -4,16 +4,7 @@ import numpy as np
 import pandas as pd
 
 from .judge import ACCEPTABLE, score_distribution
-from .metrics import (
-    _pearson,
-    _ranks,
-    by_judge,
-    evaluation_of,
-    measured,
-    paired,
-    scores_of,
-    valid_rows,
-)
+from .metrics import _pearson, _ranks, by_judge, judgements, measured, paired, scores_of, valid_rows
 
 GRADES = tuple("correlation mae accuracy precision recall kappa auc brier coverage".split())
 
@@ -25,8 +16,7 @@ def probabilities_of(rows: list[dict], judge: str) -> np.ndarray:
     ACCEPTABLE. If the judge gives only a score, it is the score itself.
     """
     probabilities = scores_of(rows, judge)
-    for number, row in enumerate(rows):
-        given = evaluation_of(row, number, judge)
+    for number, given in enumerate(judgements(rows, judge)):
         if given["score"] is not None and ("distribution" in given or "samples" in given):
             distribution = score_distribution(given).items()
             probabilities[number] = sum(p for score, p in distribution if score > ACCEPTABLE)

@@ -15,21 +15,23 @@ METRICS = ("correlation", "spearman", "kappa", "mae", "coverage")
 Statistic = Callable[[np.ndarray], float | np.ndarray]
 
 
-def evaluation_of(row: dict, number: int, judge: str) -> dict:
-    """A judge's evaluation of a row; a KeyError shows `number` if there is not exactly one."""
-    judges = [evaluation["llm"] for evaluation in row.get("evaluations", [])]
-    if judges.count(judge) != 1:
-        raise KeyError(
-            f"row {number} has {judges.count(judge)} judgements by {judge!r}, expected one; the "
-            f"judges of this row are {judges}"
-        )
-    return row["evaluations"][judges.index(judge)]
+def judgements(rows: list[dict], judge: str) -> list[dict]:
+    """A judge's evaluation of each row; a KeyError names a row that does not have exactly one."""
+    found = []
+    for number, row in enumerate(rows):
+        judges = [evaluation["llm"] for evaluation in row.get("evaluations", [])]
+        if judges.count(judge) != 1:
+            raise KeyError(
+                f"row {number} has {judges.count(judge)} judgements by {judge!r}, expected one; "
+                f"the judges of this row are {judges}"
+            )
+        found.append(row["evaluations"][judges.index(judge)])
+    return found
 
 
 def scores_of(rows: list[dict], judge: str) -> np.ndarray:
-    """A judge's score for each row, (rows,): NaN if invalid. A KeyError names a row without one."""
-    scores = [evaluation_of(row, number, judge)["score"] for number, row in enumerate(rows)]
-    return np.array(scores, dtype=float)
+    """A judge's score for each row, (rows,), NaN if invalid. Raises what `judgements` raises."""
+    return np.array([evaluation["score"] for evaluation in judgements(rows, judge)], dtype=float)
 
 
 def valid_rows(rows: list[dict], judges: Sequence[str]) -> list[dict]:
@@ -61,11 +63,9 @@ def agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
 
 
 def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
-    """Cohen's kappa with quadratic weights (Cohen 1968).
+    """Cohen's kappa with quadratic weights (1968): 1 - observed / expected squared difference.
 
-    It is 1 minus the observed over the expected squared difference. On an evenly spaced scale it
-    equals scikit-learn's cohen_kappa_score(weights="quadratic"). This form needs no categories,
-    so a student may answer 3.7.
+    On an evenly spaced scale it equals scikit-learn's. It needs no categories: 3.7 is fine.
     """
     expected = np.mean(x**2) + np.mean(y**2) - 2 * x.mean() * y.mean()
     return float(1 - np.mean((x - y) ** 2) / expected) if expected > 1e-12 else np.nan

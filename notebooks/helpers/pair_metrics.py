@@ -4,19 +4,20 @@ import numpy as np
 import pandas as pd
 
 from .judge import SCORES
-from .metrics import by_judge, evaluation_of, interval, measured
+from .metrics import by_judge, interval, judgements, measured
 
 RATES = ("agreement_rate", "correlation", "jaccard", "coverage", "agreement_overall", "kappa")
 
 
-def _verdicts(row: dict, number: int, judge: str) -> list:
-    evaluation = evaluation_of(row, number, judge)
-    if "verdicts" not in evaluation:
-        raise KeyError(
-            f"row {number}: the judgement by {judge!r} has no 'verdicts' of both orders (the "
-            "published rows do not have them)"
-        )
-    return evaluation["verdicts"]
+def _verdicts(rows: list[dict], judge: str) -> list:
+    evaluations = judgements(rows, judge)
+    for number, evaluation in enumerate(evaluations):
+        if "verdicts" not in evaluation:
+            raise KeyError(
+                f"row {number}: the judgement by {judge!r} has no 'verdicts' of both orders (the "
+                "published rows do not have them)"
+            )
+    return [evaluation["verdicts"] for evaluation in evaluations]
 
 
 def pair_scores(
@@ -32,8 +33,7 @@ def pair_scores(
     if flipped not in ("corrected", "as_published"):
         raise ValueError(f"flipped={flipped!r}: expected 'corrected' or 'as_published'")
     scores, invalid = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
-    for number, row in enumerate(rows):
-        evaluation = evaluation_of(row, number, judge)
+    for number, evaluation in enumerate(judgements(rows, judge)):
         score, source = evaluation["score"], evaluation["source"]
         if score is None:
             invalid[number] = True
@@ -148,10 +148,8 @@ def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
 
     def cells(judge: str) -> dict:
         # Positive if the judge prefers the first place; NaN if a verdict is missing.
-        lean = []
-        for number, row in enumerate(rows):
-            given = [SCORES.get(verdict, np.nan) for verdict in _verdicts(row, number, judge)]
-            lean.append(sum(given) - 1)
+        verdicts = _verdicts(rows, judge)
+        lean = [SCORES.get(one, np.nan) + SCORES.get(other, np.nan) - 1 for one, other in verdicts]
         preferred = np.sign(lean)
 
         def shares(at: np.ndarray) -> np.ndarray:
@@ -160,8 +158,7 @@ def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
                 return np.full(3, np.nan)
             return np.array([(signs == sign).mean() for sign in (0, 1, -1)])
 
-        pairs = int((~np.isnan(preferred)).sum())
-        return {"pairs": pairs, **measured(rows, names, shares)}
+        return {"pairs": int(np.isfinite(lean).sum()), **measured(rows, names, shares)}
 
     return by_judge(judges, cells)
 
@@ -172,8 +169,7 @@ def order_table(rows: list[dict], judge: str) -> pd.DataFrame:
     in_flipped = {"B": "first", "C": "tie", "A": "second"}
     index = pd.Index(in_original.values(), name="original order")
     table = pd.DataFrame(0, index=index, columns=index.rename("flipped order"))
-    for number, row in enumerate(rows):
-        original, flipped = _verdicts(row, number, judge)
+    for original, flipped in _verdicts(rows, judge):
         if original and flipped:
             table.loc[in_original[original], in_flipped[flipped]] += 1
     return table

@@ -10,18 +10,7 @@ import numpy as np
 from numpy import ndarray
 
 from .embeddings import embed
-from .student import (
-    WORD,
-    Item,
-    LocalJudge,
-    Student,
-    names,
-    numbers,
-    overlap,
-    read_prompt,
-    share,
-    words,
-)
+from .student import WORD, Item, LocalJudge, Student, names, numbers, overlap, share, words
 
 LIKENESSES = 3  # the last features of a pair; they do not change when the answers are swapped
 HEDGE = re.compile(
@@ -29,17 +18,12 @@ HEDGE = re.compile(
     r"(?:not|n't) (?:mention|provide|specif|clear|stated)\w*)\b",
     re.I,
 )
-PROMPT = re.compile(
+PAIR_SECTIONS = re.compile(
     r"\[User Question\]\n(.*?)\n\n\[The Start of Reference\]\n(.*?)\n\[The End of Reference\]\n\n"
     r"\[The Start of Assistant A’s Answer\]\n(.*?)\n\[The End of Assistant A’s Answer\]\n\n"
     r"\[The Start of Assistant B’s Answer\]\n(.*)\n\[The End of Assistant B’s Answer\]\s*\Z",
     re.S,
 )
-
-
-def read_pair_prompt(messages: list[dict]) -> Item:
-    """(question, source, answer A, answer B) from PairwiseComparisonEvaluator's prompt."""
-    return read_prompt(messages, PROMPT)
 
 
 @lru_cache(maxsize=100_000)  # cross-validation asks for the same answers over and over
@@ -131,8 +115,10 @@ class PairStudent(Student):
 class PairJudge(LocalJudge):
     """A function of (question, source, answer A, answer B) to (verdict, reason), as an LLM."""
 
-    def _reply(self, messages: list[dict]) -> tuple[str, dict]:
-        verdict, reason = self._judge(read_pair_prompt(messages))
+    sections: ClassVar[re.Pattern] = PAIR_SECTIONS
+
+    def _reply(self, item: Item) -> tuple[str, dict]:
+        verdict, reason = self._judge(item)
         return f"{reason}\n\nFinal Verdict: [[{verdict}]]", {}
 
 
@@ -145,17 +131,19 @@ def untrained_pair_judges() -> dict[str, PairJudge]:
     - `overlap`: the answer with more words in common with the source (F1).
     - `first`: always the one shown first.
     """
-    rules: dict[str, Callable[[Item, str], float]] = {
-        "base": lambda pair, answer: float(np.dot(*embed([pair[1], answer]))),
-        "longer": lambda pair, answer: len(answer.split()),
-        "shorter": lambda pair, answer: -len(answer.split()),
-        "overlap": lambda pair, answer: overlap(pair[1], answer),
+    rules: dict[str, Callable[[Item, int], float]] = {
+        "base": lambda pair, i: np.dot(*embed([pair[1], pair[i]])),
+        "longer": lambda pair, i: len(pair[i].split()),
+        "shorter": lambda pair, i: -len(pair[i].split()),
+        "overlap": lambda pair, i: overlap(pair[1], pair[i]),
+        "first": lambda pair, i: -i,
     }
 
     def judge(name: str, pair: Item) -> tuple[str, str]:
-        first, second = (rules[name](pair, answer) for answer in pair[2:])
+        first, second = (rules[name](pair, i) for i in (2, 3))
         return "A" if first > second else "B" if second > first else "C", f"By rule: {name}."
 
-    judges: dict[str, Callable[[Item], tuple]] = {name: partial(judge, name) for name in rules}
-    judges["first"] = lambda pair: ("A", "By rule: first.")
-    return {name: PairJudge(rule, model_name=name) for name, rule in judges.items()}  # type: ignore[call-arg,arg-type]
+    return {
+        name: PairJudge(partial(judge, name), model_name=name)  # type: ignore[call-arg,arg-type]
+        for name in rules
+    }

@@ -11,7 +11,7 @@ import pandas as pd
 from .finetune import count_tokens
 from .grade_metrics import grading_report, probabilities_of
 from .judge import ACCEPTABLE
-from .metrics import METRICS, by_judge, correctness_report, evaluation_of, scores_of
+from .metrics import METRICS, by_judge, correctness_report, judgements, scores_of
 from .pair_metrics import pairwise_report
 from .rows import load_rows
 
@@ -45,7 +45,7 @@ def with_intervals(
 
 def show_pair(row: dict, judge: str) -> "pd.io.formats.style.Styler":
     """One pairwise judgement as a table: question, source, answers, verdicts, the judge's reply."""
-    evaluation = evaluation_of(row, 0, judge)
+    [evaluation] = judgements([row], judge)
     first, second = row["answers"]
     cells = {
         "question": row["question"],
@@ -70,21 +70,13 @@ FIXED = {
     "the teacher is asked": ("once", "in both orders", "three times, sampled"),
     "learnt is": ("the score", "the verdict that stands", "the score, or its distribution"),
 }
-FIGURES = {
-    "correlation": "correlation with the teacher",
-    "agreement_overall": "agreement with the teacher",
-    "auc": "area under ROC",
-}
+FIGURES = ("correlation with the teacher", "agreement with the teacher", "area under ROC")
 TRIVIAL = ["overlap", "longer", "constant"]
+TRIVIAL_OF_PAIRS = ["longer", "shorter", "overlap", "first"]
 # For each folder: the name of the chats' file, the report, its main figure, the trivial judges.
 DESIGNS = {
     "correctness": ("correction", correctness_report, "correlation", TRIVIAL),
-    "pairwise": (
-        "pairwise",
-        pairwise_report,
-        "agreement_overall",
-        ["longer", "shorter", "overlap", "first"],
-    ),
+    "pairwise": ("pairwise", pairwise_report, "agreement_overall", TRIVIAL_OF_PAIRS),
     "single_grading": ("single_grading", grading_report, "auc", TRIVIAL),
 }
 
@@ -92,10 +84,9 @@ DESIGNS = {
 def compare_designs(folder: Path) -> pd.DataFrame:
     """The three designs side by side, from the stage files in a snapshot's folder.
 
-    A design that lacks one of its three files is left out. A design's column has: what the notebook
-    fixes (in words); the number of rows to learn from and to test on; the teacher's calls for each
-    row and tokens for each training row (`count_tokens`); and the most important figure of the
-    student, of the untrained base and of the best trivial judge, with 95 % intervals.
+    A design that lacks one of its three files is left out. A column says what the notebook fixes;
+    how many rows there are; the teacher's calls and tokens (`count_tokens`) for each training row;
+    and the main figure of the student, the untrained base and the best trivial judge.
     """
     table = {}
     for place, (name, (chats_of, report_of, figure, trivial)) in enumerate(DESIGNS.items()):
@@ -113,7 +104,7 @@ def compare_designs(folder: Path) -> pd.DataFrame:
             "rows to test on": f"{len(test)}",
             "teacher's calls a row": f"{len(chats) / len(train):.0f}",
             "teacher's tokens a row": f"{sum(count_tokens(chats)) / len(train):,.0f}",
-            "figure": FIGURES[figure],
+            "figure": FIGURES[place],
             "student": shown["fine_tuned"],
             "base": shown["base"],
             "best trivial judge": f"{shown[best]} ({best})",

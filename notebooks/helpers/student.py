@@ -34,11 +34,7 @@ FOLDS = 5
 
 
 def read_prompt(messages: list[dict], sections: re.Pattern = SECTIONS) -> Item:
-    """The texts of an evaluator's prompt: (question, evidence, answer) by the default `sections`.
-
-    Raises:
-        ValueError: The prompt does not have the sections.
-    """
+    """The texts of an evaluator's prompt; a ValueError if it does not have these `sections`."""
     text = next((message["content"] for message in messages if message["role"] == "user"), "")
     if not (match := sections.search(text)):
         raise ValueError(
@@ -221,14 +217,8 @@ class Student:
         """Train on the teacher's verdicts: the score of each row, on any scale.
 
         Cross-validation on these items alone chooses the kinds of features and the strength of the
-        penalty (see `folds`).
-
-        Args:
-            items: Question, evidence and answer of each row.
-            verdicts: The hard labels.
-            soft: {score: probability} of each row; by default all of it is on the verdict.
-            alpha: See `distillation_loss`.
-            temperature: See `distillation_loss`.
+        penalty. `soft` has {score: probability} of each row; by default all of it is on the
+        verdict. For `alpha` and `temperature` see `distillation_loss`.
 
         Raises:
             ValueError: alpha or temperature is out of range, or there is too little to learn from.
@@ -360,6 +350,7 @@ class LocalJudge(CustomLLM):
 
     model_name: str
     decimals: int = 1  # of the score in the reply
+    sections: ClassVar[re.Pattern] = SECTIONS  # of the prompt
     _judge: Callable = PrivateAttr()
 
     def __init__(self, judge: Callable[[Item], tuple], **settings: Any) -> None:
@@ -375,7 +366,7 @@ class LocalJudge(CustomLLM):
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The judge's reply to an evaluator's prompt; a ValueError if it is another prompt."""
         plain = [{"role": one.role.value, "content": one.content} for one in messages]
-        reply, distribution = self._reply(plain)
+        reply, distribution = self._reply(read_prompt(plain, self.sections))
         tokens = [
             LogProb(token=f"{score:g}", logprob=float(np.log(p)))
             for score, p in distribution.items()
@@ -384,8 +375,8 @@ class LocalJudge(CustomLLM):
         message = ChatMessage(role=MessageRole.ASSISTANT, content=reply)
         return ChatResponse(message=message, logprobs=[tokens] if tokens else None)
 
-    def _reply(self, messages: list[dict]) -> tuple[str, dict]:
-        score, reason, *distribution = self._judge(read_prompt(messages))
+    def _reply(self, item: Item) -> tuple[str, dict]:
+        score, reason, *distribution = self._judge(item)
         return f"{score:.{self.decimals}f}\n{reason}", distribution[0] if distribution else {}
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -408,14 +399,11 @@ def untrained_judges(constant: float, low: float = 1, high: float = 5) -> dict[s
     """
 
     def scaled(part: float) -> float:
-        return low + (high - low) * min(1.0, max(0.0, part))
-
-    def cosine(item: Item) -> float:
-        return float(np.dot(*embed([item[1], item[2]])))
+        return low + (high - low) * min(1.0, max(0.0, float(part)))
 
     rules: dict[str, Callable[[Item], tuple]] = {
-        "base": lambda item: (scaled(cosine(item)), "Cosine of the embeddings."),
-        "overlap": lambda item: (scaled(overlap(item[1], item[2])), "Words in common."),
+        "base": lambda item: (scaled(np.dot(*embed([*item[1:]]))), "Cosine of the embeddings."),
+        "overlap": lambda item: (scaled(overlap(*item[1:])), "Words in common."),
         "longer": lambda item: (scaled(len(WORD.findall(item[2])) / 60), "Length."),
         "constant": lambda item: (constant, "Always this."),
     }
