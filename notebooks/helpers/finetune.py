@@ -20,7 +20,7 @@ from .pairs import PAIR_SECTIONS, PairStudent
 from .replies import read_score, read_verdict
 from .rows import DamagedFile, load_rows, write_text
 from .settings import LOCAL
-from .student import SECTIONS, Student, check_settings, read_prompt
+from .student import SECTIONS, Item, Student, check_settings, read_prompt
 
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
@@ -113,33 +113,29 @@ def resolve_pairwise_events(
 
     Source: the original pairwise notebook, which pairs events by even and odd numbers.
     """
-    places: dict[tuple, list] = {}
-    for number, row in enumerate(rows):
-        first, second = (answer["text"] for answer in row["answers"])
-        for order, answers in (("original", (first, second)), ("flipped", (second, first))):
-            shown = row["question"], row["source"], *answers
-            places.setdefault(shown, []).append((number, order))
-    chats = {}
+    waiting: dict[Item, list[int]] = {}  # the numbers of the events with a prompt
     for number, event in enumerate(events):
-        waiting = places.get(read_prompt(event["messages"], PAIR_SECTIONS))
-        if not waiting:
-            raise ValueError(
-                f"event {number} belongs to none of the rows (or a row's chat is there more than "
-                "twice)"
-            )
-        chats[waiting.pop(0)] = event
+        waiting.setdefault(read_prompt(event["messages"], PAIR_SECTIONS), []).append(number)
     resolved = []
     for number, row in enumerate(rows):
+        texts = [answer["text"] for answer in row["answers"]]
+        orders = {"original": texts, "flipped": texts[::-1]}
+        chats = {}
+        for order, shown in orders.items():
+            if asked := waiting.get((row["question"], row["source"], *shown)):
+                chats[order] = events[asked.pop(0)]
         source = row["evaluations"][0]["source"]
-        if source not in ("original", "flipped"):
-            continue
-        if (number, source) not in chats:
+        if source in chats:
+            resolved += [chats.pop(source), *(chats.values() if both_orders else ())]
+        elif source in orders:
             raise ValueError(
                 f"row {number} was decided by its {source} order, but the events hold no such chat"
             )
-        other = "flipped" if source == "original" else "original"
-        orders = [source, other] if both_orders else [source]
-        resolved += [chats[number, order] for order in orders if (number, order) in chats]
+    if left := sorted(number for numbers in waiting.values() for number in numbers):
+        raise ValueError(
+            f"event {left[0]} belongs to none of the rows (or a row's chat is there more than "
+            "twice)"
+        )
     return resolved
 
 

@@ -32,15 +32,11 @@ def pair_scores(
     """
     if flipped not in ("corrected", "as_published"):
         raise ValueError(f"flipped={flipped!r}: expected 'corrected' or 'as_published'")
-    scores, invalid = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
-    for number, evaluation in enumerate(judgements(rows, judge)):
-        score, source = evaluation["score"], evaluation["source"]
-        if score is None:
-            invalid[number] = True
-        elif source in ("original", "flipped"):
-            turn = source == "flipped" and flipped == "corrected"
-            scores[number] = 1 - score if turn else score
-    return scores, invalid
+    said = pd.DataFrame(judgements(rows, judge), columns=["score", "source"])
+    scores = said["score"].where(said["source"].isin(["original", "flipped"])).astype(float)
+    if flipped == "corrected":
+        scores = scores.where(said["source"] != "flipped", 1 - scores)
+    return scores.to_numpy(), said["score"].isna().to_numpy()
 
 
 def pair_agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
@@ -106,8 +102,7 @@ def compare_pair_students(
     Returns:
         How many pairs `both`, `only <student>`, `only <other>` and `neither` got right; the
         `difference` of the two rates with its 95 % interval (`low`, `high`); the two-sided `p` of
-        the exact McNemar test (a binomial test on the pairs that only one got right). The test
-        assumes independent pairs. The interval does not.
+        the exact McNemar test, which, unlike the interval, assumes independent pairs.
     """
     from scipy.stats import binomtest
 

@@ -125,11 +125,9 @@ class PairJudge(LocalJudge):
 def untrained_pair_judges() -> dict[str, PairJudge]:
     """The pairwise judges that learn nothing. Where their rule finds both equal, it is a tie.
 
-    - `base`: the answer whose embedding is nearer the source's, by the untrained encoder.
-    - `longer`: the answer with more words.
-    - `shorter`: the answer with fewer.
-    - `overlap`: the answer with more words in common with the source (F1).
-    - `first`: always the one shown first.
+    `base` chooses the answer whose embedding is nearer the source's, `longer` and `shorter` the one
+    with more or fewer words, `overlap` the one with more words in common with the source (F1), and
+    `first` the one shown first.
     """
     rules: dict[str, Callable[[Item, int], float]] = {
         "base": lambda pair, i: np.dot(*embed([pair[1], pair[i]])),

@@ -392,10 +392,9 @@ class LocalJudge(CustomLLM):
 def untrained_judges(constant: float, low: float = 1, high: float = 5) -> dict[str, LocalJudge]:
     """The judges that learn nothing, on a scale from `low` to `high`.
 
-    - `base`: the encoder's cosine of evidence (reference or context) and answer.
-    - `overlap`: F1 of the words of evidence and answer.
-    - `longer`: the longer the better, full marks from 60 words on.
-    - `constant`: always the same score (give it the training rows' median).
+    `base` is the encoder's cosine of evidence (reference or context) and answer, `overlap` the F1
+    of their words. `longer` gives full marks from 60 words on. `constant` always gives the same
+    score (give it the training rows' median).
     """
 
     def scaled(part: float) -> float:
