@@ -128,14 +128,9 @@ def resolve_pairwise_events(
         if source in chats:
             resolved += [chats.pop(source), *(chats.values() if both_orders else ())]
         elif source in orders:
-            raise ValueError(
-                f"row {number} was decided by its {source} order, but the events hold no such chat"
-            )
+            raise ValueError(f"row {number} was decided by its {source} order, but lacks this chat")
     if left := sorted(number for numbers in waiting.values() for number in numbers):
-        raise ValueError(
-            f"event {left[0]} belongs to none of the rows (or a row's chat is there more than "
-            "twice)"
-        )
+        raise ValueError(f"event {left[0]} belongs to none of the rows, or repeats a row's chat")
     return resolved
 
 

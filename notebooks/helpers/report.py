@@ -193,12 +193,9 @@ def plot_sweep(report: pd.DataFrame, metrics: Sequence[str], chosen: float) -> N
 def plot_probabilities(rows: list[dict], teacher: str, judges: list[str]) -> None:
     """Each judge's probability that an answer is acceptable: its ROC curve and its reliability.
 
-    For the right panel, the answers are put in five bins of equal counts by the judge's
-    probability. The panel shows the share that the teacher accepts in each bin. On the diagonal,
-    this share equals the probability.
-
-    Raises:
-        ValueError: There are more judges than colours.
+    For the reliability, the answers are put in five bins of equal counts by the judge's
+    probability. On the diagonal, it equals the share of a bin that the teacher accepts. It is a
+    ValueError if there are more judges than colours.
     """
     from sklearn.calibration import calibration_curve
     from sklearn.metrics import roc_curve

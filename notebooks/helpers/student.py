@@ -121,17 +121,17 @@ def distillation_loss(
     """
     w = weights.reshape(x.shape[1] + 1, hard.shape[1])
     logits = x @ w[:-1] + w[-1]
-    loss, error = strength / 2 * (w[:-1] ** 2).sum(), np.zeros_like(hard)
-    # A one-hot label has no entropy, so its cross-entropy is the KL divergence at T = 1.
-    for part, t, target in ((alpha, 1.0, hard), (1 - alpha, temperature, soft)):
-        if part > 0:
-            teacher = target ** (1 / t)
-            teacher = teacher / teacher.sum(axis=1, keepdims=True)
-            log_teacher = np.log(np.maximum(teacher, np.finfo(float).tiny))
-            log_student = _log_softmax(logits / t)
-            divergence = (teacher * (log_teacher - log_student)).sum() / len(x)
-            loss += part * t**2 * divergence
-            error = error + part * t * (np.exp(log_student) - teacher)
+    log_student = _log_softmax(logits)
+    loss = strength / 2 * (w[:-1] ** 2).sum() - alpha * (hard * log_student).sum() / len(x)
+    error = alpha * (np.exp(log_student) - hard)
+    if alpha < 1:
+        log_student = _log_softmax(logits / temperature)
+        teacher = soft ** (1 / temperature)
+        teacher = teacher / teacher.sum(axis=1, keepdims=True)
+        log_teacher = np.log(np.maximum(teacher, np.finfo(float).tiny))
+        divergence = (teacher * (log_teacher - log_student)).sum() / len(x)
+        loss += (1 - alpha) * temperature**2 * divergence
+        error = error + (1 - alpha) * temperature * (np.exp(log_student) - teacher)
     error = error / len(x)
     gradient = np.concatenate([x.T @ error + strength * w[:-1], error.sum(axis=0, keepdims=True)])
     return loss, gradient.ravel()
@@ -234,8 +234,7 @@ class Student:
             )
         if len(set(verdicts)) < 2:
             raise ValueError(
-                f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell "
-                "apart"
+                f"all {len(items)} rows have the verdict {verdicts[0]}: nothing to learn"
             )
         soft = soft or [{verdict: 1.0} for verdict in verdicts]
         scores = [*verdicts, *(score for row in soft for score in row)]
