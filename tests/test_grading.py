@@ -827,6 +827,10 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
         whole.loc["rows to learn from", "pairwise"]
     )
     (tmp_path / "pairwise").symlink_to(DATA / "pairwise")
+    # A run that was stopped has written some of a design's files, not all.
+    (tmp_path / "single_grading").mkdir()
+    for file in ("test_qa_complete.jsonl", "single_grading_finetuning_events.jsonl"):
+        (tmp_path / "single_grading" / file).symlink_to(DATA / "single_grading" / file)
     assert list(compare_designs(tmp_path)) == ["pairwise"]
     # Where every answer is the same, no trivial judge has a correlation: a dash, and no error.
     (tmp_path / "correctness").mkdir()
@@ -905,9 +909,12 @@ def test_a_grade_that_was_cut_off_is_invalid_for_whoever_asks(tmp_path):
 
 
 def test_more_judges_than_colours_are_refused(grading_rows):
+    import matplotlib.pyplot as plt
+
     rows = judged(grading_rows, Graded(lambda *item: 0.5))
     with pytest.raises(ValueError, match="4 judges: expected 3 at most"):
         plot_probabilities(rows, "t", ["t"] * 4)
+    assert not plt.get_fignums(), "a figure is left open"
 
 
 def test_a_ranking_is_compared_whatever_the_scale():

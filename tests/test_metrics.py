@@ -141,6 +141,11 @@ def test_the_paired_test_sees_what_is_there_and_not_what_is_not():
     assert (same["difference"] == 0).all() and (same["p"] == 1).all()
 
 
+def test_a_judge_is_not_compared_with_itself():
+    with pytest.raises(ValueError, match="'a' is compared with itself"):
+        compare_students(judged(a=1), "teacher", "a", "a")
+
+
 def test_swapping_the_students_turns_the_difference():
     rows = judged(documents=7, a=0.5, b=1)
     ab, ba = (

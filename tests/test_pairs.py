@@ -36,9 +36,10 @@ from helpers import (
 )
 from helpers.judge import resolve_orders
 from helpers.pair_metrics import answer_lengths
-from helpers.pairs import PairStudent, answer_features, read_pair_prompt
+from helpers.pairs import PAIR_SECTIONS, PairStudent, answer_features
 from helpers.replies import read_verdict
 from helpers.rows import DATA, DamagedFile
+from helpers.student import read_prompt
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -141,9 +142,8 @@ class Scripted(FakeLive):
     """Replies by what is shown first; one reply may be unreadable, one call may fail."""
 
     def chat(self, messages, **kwargs):
-        question, _, first, _ = read_pair_prompt(
-            [{"role": "user", "content": messages[-1].content}]
-        )
+        asked = [{"role": "user", "content": messages[-1].content}]
+        question, _, first, _ = read_prompt(asked, PAIR_SECTIONS)
         response = super().chat(messages)
         number, order = int(question.split()[1][:-1]), "original" if "first" in first else "flipped"
         response.message.content = f"I saw {order} {number}.\n\n" + {
@@ -515,6 +515,11 @@ def test_positions_by_hand(pairs):
         and table.loc["tie", "first"] == 1
     )
     assert table.to_numpy().sum() == 12
+
+
+def test_no_rows_have_no_position():
+    report = position_report([], ["t"]).loc["t"]
+    assert report["pairs"] == 0 and np.isnan(report["consistency"])
 
 
 def test_the_pretty_table_is_the_same_each_time(pairs):
