@@ -104,7 +104,7 @@ def opening(path: Path) -> tuple[float, float]:
     run = subprocess.run(
         [sys.executable, "-c", OPENING, str(path)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
         cwd=ROOT / "notebooks",
     )
@@ -230,7 +230,7 @@ class Loopback:
             [sys.executable, str(Path(__file__).with_name("server.py")), str(self.delay)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         return self.process.stdout.readline().strip()
 
@@ -460,7 +460,7 @@ def resuming() -> None:
                 [sys.executable, "-c", RESUMING, str(path), server.url, str(count)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                text=True,
+                encoding="utf-8",
                 cwd=ROOT / "notebooks",
                 env=environment,
             )

@@ -11,7 +11,7 @@ import json
 import sys
 import threading
 import time
-from typing import Callable
+from collections.abc import Callable
 
 from aiohttp import web
 

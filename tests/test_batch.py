@@ -298,6 +298,7 @@ def test_both_orders_of_a_pair_go_out_together(path, server):
     )
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkeypatch, capsys):
     code = [
         "from helpers import CallLog, judge_rows, live, load_rows, models_of, name_of, snapshot_folder",

@@ -16,6 +16,7 @@ from llama_index.core.evaluation import CorrectnessEvaluator
 from llama_index.core.llms import MockLLM
 
 from helpers import CallLog, fill, finetuning_events, judge_rows, load_rows
+from helpers import __main__ as command
 from helpers.log import Collected, MissingCall, call_key, make_row, run_stage
 from helpers.settings import CallFailed
 from helpers.student import LocalJudge
@@ -338,37 +339,16 @@ def test_fill_keeps_the_good_and_lists_the_rest(collected, path, tmp_path):
     assert len(CallLog(path, "replay")) == len(requests)
 
 
-def test_the_fill_command_ends_with_a_status(collected, tmp_path):
-    import subprocess
-    import sys
-
-    requests = load_rows(collected.requests_path)
-    write(tmp_path / "results.jsonl", results_of(requests)[:-1])
-    command = [
-        sys.executable,
-        "-m",
-        "helpers",
-        "fill",
-        str(collected.path),
-        str(tmp_path / "results.jsonl"),
-    ]
-    from conftest import ROOT
-
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
-    )
-    assert run.returncode == 1 and "11 answers added" in run.stdout and "no result" in run.stderr
-    write(tmp_path / "results.jsonl", results_of(requests))
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
-    )
-    assert run.returncode == 0 and "1 answers added, 12 in all" in run.stdout
+def test_the_fill_command_ends_with_a_status(collected, tmp_path, monkeypatch, capsys):
+    requests, results = load_rows(collected.requests_path), tmp_path / "results.jsonl"
+    monkeypatch.setattr("sys.argv", ["helpers", "fill", str(collected.path), str(results)])
+    write(results, results_of(requests)[:-1])
+    assert command.main() == 1
+    said = capsys.readouterr()
+    assert "11 answers added" in said.out and "no result" in said.err
+    write(results, results_of(requests))
+    assert command.main() == 0
+    assert "1 answers added, 12 in all" in capsys.readouterr().out
 
 
 def test_the_real_openai_client_records_and_replays(path, rows, monkeypatch):
@@ -421,7 +401,7 @@ def test_the_real_openai_client_records_and_replays(path, rows, monkeypatch):
     assert [row["evaluations"][0]["score"] for row in done] == [4.5] * len(rows)
     first = load_rows(path)[0]
     assert first["usage"]["total_tokens"] == 105 and first["finish_reason"] == "stop"
-    assert "not-a-key" not in path.read_text()
+    assert "not-a-key" not in path.read_text(encoding="utf-8")
     assert judged(rows, CallLog(path, "replay"))[0] == done
 
 

@@ -674,25 +674,6 @@ def test_the_student_beats_what_learns_nothing(bundled, trained):
             )
 
 
-def test_float_noise_of_another_machine_moves_no_decision(bundled, trained, monkeypatch):
-    items, noise, embed = items_of(bundled[1]), np.random.default_rng(0), student_module.embed
-    monkeypatch.setattr(
-        student_module,
-        "embed",
-        lambda texts: embed(texts) + noise.normal(scale=1e-7, size=(len(texts), 384)),
-    )
-    moved = Student.fit(*bundled[0])
-    assert moved.kinds == trained.kinds
-
-    def decisions(student):
-        return [
-            lower_median(dict(zip(student.labels.tolist(), p)))
-            for p in student.probabilities(items).tolist()
-        ]
-
-    assert decisions(moved) == decisions(trained)
-
-
 def test_cross_validation_keeps_a_question_together(bundled):
     items = bundled[0][0]
     held = np.zeros(len(items), dtype=int)
@@ -704,6 +685,7 @@ def test_cross_validation_keeps_a_question_together(bundled):
     assert (held == 1).all()
 
 
+@pytest.mark.slow
 def test_the_engine_reads_several_replies_to_a_prompt_as_a_distribution(tmp_path, bundled):
     """The file's samples give the same student, to the bit, as the rows' distributions."""
     items, scores, soft = bundled[0]

@@ -87,7 +87,7 @@ def recorded(notebook, folder):
     with Server(fault=fault) as server:
         command = [sys.executable, "-m", "helpers", "run", notebook]
         env = environment(server.url, folder)
-        run = subprocess.run(command, env=env, capture_output=True, text=True)
+        run = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
         assert run.returncode == 0, run.stderr[-3000:]
         server.refused = len(refused)
         yield server, run.stdout + run.stderr
@@ -147,12 +147,12 @@ def check_the_rows(server, folder, part, said):
     [job] = server.jobs.values()
     chats = load_rows(folder / part / FILES[part])
     assert len(server.files[job["training_file"]].splitlines()) == len(chats)
-    note = json.loads((folder / part / "finetuning_job.json").read_text())
+    note = json.loads((folder / part / "finetuning_job.json").read_text(encoding="utf-8"))
     assert note["status"] == "succeeded"
     complete = load_rows(folder / part / "test_qa_complete.jsonl")
     hosted = [one for row in complete for one in row["evaluations"] if one["llm"] == "hosted"]
     assert len(hosted) == tested and all("invalid" not in one for one in hosted)
-    models = json.loads((folder / part / "models.json").read_text())
+    models = json.loads((folder / part / "models.json").read_text(encoding="utf-8"))
     assert (models["teacher"], models["student"]) == ("gpt-4.1", "gpt-4.1-mini")
     for words in (
         "fine-tuning job ftjob-1: running",
@@ -189,10 +189,10 @@ def check_that_nothing_is_asked_again(server, folder):
     bare = {name: value for name, value in env.items() if not name.endswith(roles_and_keys)}
     command = [sys.executable, "-m", "helpers", "run", "02_pairwise"]
     settings = {**bare, "JUDGE_MODE": "replay"}
-    replay = subprocess.run(command, env=settings, capture_output=True, text=True)
+    replay = subprocess.run(command, env=settings, capture_output=True, encoding="utf-8")
     assert replay.returncode == 0 and "hosted_base" in replay.stdout, replay.stderr[-2000:]
     assert len(server.requests) == before
-    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    again = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
     assert again.returncode == 0, again.stderr[-2000:]
     asked = {path.split("/")[2] for _, path in server.requests[before:]}
     assert asked == {"models"}, "only the check before the first call"
@@ -252,7 +252,7 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_where_it_was(name, tmp_path
     with Server(delay=0.02) as server:
         command = [sys.executable, "-c", IN_A_SCRIPT.format(path=str(path), url=server.url)]
         first = subprocess.Popen(
-            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
         )
         wait_for(path, 60)
         first.send_signal(getattr(signal, name))
@@ -260,7 +260,7 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_where_it_was(name, tmp_path
         assert first.returncode != 0 and (name != "SIGINT" or "KeyboardInterrupt" in said)
         with pytest.warns(UserWarning, match="torn last line") if torn(path) else no_warning():
             answered = len(CallLog(path, "replay"))
-        run = subprocess.run(command, env=env, capture_output=True, text=True)
+        run = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
         assert run.stdout.strip() == "200", run.stderr[-2000:]
         check_asked(server, path, answered)
 

@@ -105,6 +105,7 @@ def test_rows_without_a_document_stand_alone():
     assert low % 8 == high % 8 == 0 and np.isfinite(low_alone) and (low_alone % 8 or high_alone % 8)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_about_as_often_as_it_says():
     """Coverage of the 95 % interval for a mean, over 150 draws of 20 independent documents."""
     rng = np.random.default_rng(0)
@@ -125,6 +126,7 @@ def test_a_missing_or_double_judgement_is_an_error():
         scores_of(rows, "teacher")
 
 
+@pytest.mark.slow
 def test_the_paired_test_sees_what_is_there_and_not_what_is_not():
     better = compare_students(judged(documents=10, good=0.4, bad=1.5), "teacher", "good", "bad")
     assert (better["p"] < 0.01).all() and better.loc["mae", "high"] < 0 < better.loc[

@@ -302,7 +302,7 @@ def test_what_needs_openai_s_api_says_so(model, tmp_path, monkeypatch):
     log, said = CallLog(tmp_path / "c.jsonl", "record"), "this needs a model behind OpenAI's API"
     with pytest.raises(RunStopped, match=said):
         embedding_of(model, log).get_text_embedding("x")
-    (tmp_path / "events.jsonl").write_text("")
+    (tmp_path / "events.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(RunStopped, match=said):
         hosted_students(model, tmp_path / "events.jsonl", log)
 
@@ -317,7 +317,7 @@ def test_hugging_face_s_providers_answer_through_the_log(tmp_path, monkeypatch):
         )
         reply = asyncio.run(llm.achat([ChatMessage(role="user", content="Who was it?")]))
         assert reply.message.content.startswith("It is number") and len(server.bodies) == 2
-    assert "hf_notatoken" not in (tmp_path / "c.jsonl").read_text()
+    assert "hf_notatoken" not in (tmp_path / "c.jsonl").read_text(encoding="utf-8")
 
 
 def test_hugging_face_s_faults_are_met_like_openai_s(rows, tmp_path, monkeypatch):
@@ -429,7 +429,7 @@ def test_a_log_is_not_mixed_with_another_model_s_answers_unseen(monkeypatch, tmp
         said = "TEACHER_MODEL .*was recorded with 'gpt-5', and this run names 'gpt-6'.*SNAPSHOT"
         with pytest.raises(RunStopped, match=said):
             check_run(CallLog(tmp_path / "calls.jsonl"), models_of(tmp_path), {})
-        assert '"gpt-5"' in (tmp_path / "models.json").read_text()
+        assert '"gpt-5"' in (tmp_path / "models.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-3"])
@@ -513,11 +513,16 @@ def test_no_key_is_left_behind(rows, tmp_path, capsys):
 
     with Server(fault=fault) as server:
         done = judged(rows, tmp_path / "c.jsonl", server)
-    said = json.dumps(done) + (tmp_path / "c.jsonl").read_text() + "".join(capsys.readouterr())
+    said = (
+        json.dumps(done)
+        + (tmp_path / "c.jsonl").read_text(encoding="utf-8")
+        + "".join(capsys.readouterr())
+    )
     assert done[3]["evaluations"][0]["invalid"].count("[key]") == 2
     assert KEY not in said and "hf_abcdefgh" not in said and "Bearer" not in said
 
 
+@pytest.mark.slow
 def test_a_log_that_another_process_writes_is_refused(tmp_path, rows):
     path = tmp_path / "c.jsonl"
     program = (
