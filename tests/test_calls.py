@@ -411,7 +411,7 @@ def test_key_and_row_agree():
 
 
 def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing_twice(path, rows):
-    """Rows that were written while a flush was under way, and whose tasks were cancelled before the next."""
+    """Some rows are written while a flush is under way; their tasks end before the next flush."""
     log, live = CallLog(path, "record"), FakeLive()
     many = [{**row, "question": f"{row['question']} {i}"} for i in range(3) for row in rows]
 

@@ -181,7 +181,7 @@ def test_each_engine_answers_its_question(tmp_path):
 
 @pytest.mark.slow
 def test_the_bundled_vectors_are_those_of_the_encoder_here():
-    """Of texts of the bundled rows: what replay takes from the file is what the encoder says, to half precision."""
+    """The vectors that a replay takes from the file are the encoder's, to half precision."""
     rows = load_rows(DATA / "single_grading" / "test_qa.jsonl")[::9]
     texts = [
         text

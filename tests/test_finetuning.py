@@ -78,7 +78,8 @@ def test_what_runs_outside_the_block_leaves_no_event(tmp_path, rows, events):
         (lambda e: e.__delitem__(slice(9, None)), "x.jsonl: 9 examples, expected at least 10"),
         (
             lambda e: e[4]["messages"].pop(0),
-            r"line 5: expected messages of the roles system, user, assistant; found \['user', 'assistant'\]",
+            r"line 5: expected messages of the roles system, user, assistant; "
+            r"found \['user', 'assistant'\]",
         ),
         (lambda e: e[11]["messages"].pop(), "line 12: expected messages"),
         (lambda e: e[2].pop("messages"), "line 3: expected messages .* found None"),

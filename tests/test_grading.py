@@ -50,7 +50,10 @@ from helpers.rows import DATA, DamagedFile
 from helpers.student import LocalJudge, read_prompt
 
 BUNDLED = DATA / "single_grading"
-CONTEXT = "The bridge opened in 1937. Joseph Strauss was its engineer. It is painted orange. Fog is common there."
+CONTEXT = (
+    "The bridge opened in 1937. Joseph Strauss was its engineer. It is painted orange. "
+    "Fog is common there."
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -212,7 +215,7 @@ def test_rows_are_graded_on_the_context_and_anything_unreadable_is_invalid(gradi
 
 def test_exactly_the_threshold_is_not_acceptable(grading_rows):
     for reply, scale in (("0.8", 1), ("80", 100), ("80 %", 1), ("0.80", 1)):
-        [row] = judged(grading_rows[:1], Graded(lambda *item: reply), scale=scale)
+        [row] = judged(grading_rows[:1], Graded(lambda *item, said=reply: said), scale=scale)
         assert (
             row["evaluations"][0]["acceptable"] is False and row["evaluations"][0]["score"] == 0.8
         )
@@ -375,7 +378,7 @@ def test_the_lower_median_is_one_of_the_scores_and_strict_on_a_tie():
         lower_median({0.1: 1 / 3, 0.9: 2 / 3}) == 0.9 and lower_median({0.7: 0.5, 0.9: 0.5}) == 0.7
     )
     assert (
-        lower_median({score: 1 / 3 for score in (0.2, 0.5, 1.0)}) == 0.5
+        lower_median(dict.fromkeys((0.2, 0.5, 1.0), 1 / 3)) == 0.5
         and lower_median({0.4: 1.0}) == 0.4
     )
     with pytest.raises(ValueError, match="no median"):
@@ -518,7 +521,7 @@ def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
 
 
 def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path, monkeypatch):
-    """A real HuggingFaceLLM, with a tiny random model: what it says is nonsense, and it is logged and replayed."""
+    """A real HuggingFaceLLM with a tiny random model: its nonsense is logged and replayed."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -712,7 +715,7 @@ def test_the_engine_reads_several_replies_to_a_prompt_as_a_distribution(tmp_path
         "minilm", tmp_path / "shuffled.jsonl", alpha=0.5, temperature=2.0, scale=(0, 1)
     )
     shuffled.finetune()
-    # In another order the folds are others, so the choice may be; the labels, hard and soft, are the same.
+    # Another order makes other folds, which may choose otherwise. The labels stay the same.
     assert shuffled.student.labels.tolist() == direct.labels.tolist()
     with pytest.raises(
         DamagedFile, match="line 1: cannot learn from the reply: score 0.* is outside 1 to 5"
@@ -894,7 +897,7 @@ def test_more_judges_than_colours_are_refused(grading_rows):
 
 
 def test_a_ranking_is_compared_whatever_the_scale():
-    """A judge that says a tenth of what another says ranks the same, and is as likely to be ahead by chance."""
+    """A judge that says a tenth of what another says ranks the rows in the same way."""
     rng, rows = np.random.default_rng(0), []
     for i in range(64):
         truth = float(rng.random() < 0.5)

@@ -1,4 +1,4 @@
-"""Fine-tuning a hosted student through llama-index-finetuning's engine, against the loopback server with OpenAI's own client."""
+"""A hosted student, by llama-index-finetuning's engine and OpenAI's client, on loopback."""
 
 import asyncio
 import json
@@ -301,7 +301,8 @@ def test_a_job_of_another_account_is_named_with_its_note(chats, tmp_path):
         server.jobs.clear()
         with pytest.raises(
             FinetuningFailed,
-            match="ftjob-1 is not known to this account.*Delete .*finetuning_job.json to start a new one",
+            match="ftjob-1 is not known to this account.*"
+            "Delete .*finetuning_job.json to start a new one",
         ):
             hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
 

@@ -1,4 +1,4 @@
-"""Live models against a server on loopback, through the real clients: settings, faults, retries, secrets."""
+"""Live models, by the real clients, on loopback: settings, faults, retries, secrets."""
 
 import asyncio
 import json
@@ -54,7 +54,8 @@ def about(question: str):
     return lambda body: question in body["messages"][-1]["content"]
 
 
-# Faults of one call: what the row says, and how many requests were sent for it. All other rows are judged.
+# Faults of one call: what the row says, and how many requests were sent for it. All other rows are
+# judged.
 ONE_CALL = {
     "429": (
         lambda before: answer(429, "Rate limit reached", "rate_limit_exceeded"),
@@ -124,7 +125,7 @@ def test_a_fault_of_one_call_touches_its_row_only(name, rows, tmp_path):
         invalid = [row["evaluations"][0].get("invalid") for row in done]
         assert [i for i, reason in enumerate(invalid) if reason] == ([5] if said else [])
         assert said is None or said in invalid[5] and done[5]["evaluations"][0]["score"] is None
-        # Once more, with the fault gone: what was answered is not asked again, be it good or bad; what was not, is.
+        # Once more, without the fault: a call is asked again only if it was not answered.
         server.fault = None
         answered = len(load_rows(tmp_path / "c.jsonl"))
         again = judged(rows, tmp_path / "c.jsonl", server)
@@ -490,7 +491,8 @@ def test_what_is_not_set_is_said(monkeypatch, rows, tmp_path):
         live("hf:m")()
     with pytest.raises(
         RunStopped,
-        match="'stand-in-teacher' is the name of recorded calls.*set TEACHER_MODEL, WRITER_MODEL, ANSWERER_MODEL",
+        match="'stand-in-teacher' is the name of recorded calls.*"
+        "set TEACHER_MODEL, WRITER_MODEL, ANSWERER_MODEL",
     ):
         asyncio.run(
             judge_rows(
@@ -525,10 +527,14 @@ def test_no_key_is_left_behind(rows, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_log_that_another_process_writes_is_refused(tmp_path, rows):
     path = tmp_path / "c.jsonl"
-    program = (
-        "import sys; from helpers.log import CallLog, make_row; log = CallLog(sys.argv[1], 'record'); "
-        "log.append(make_row({'model': 'm', 'messages': [], 'params': {}, 'sample': 0}, 'x')); print('ready', flush=True); sys.stdin.read()"
-    )
+    program = """
+import sys
+from helpers.log import CallLog, make_row
+log = CallLog(sys.argv[1], "record")
+log.append(make_row({"model": "m", "messages": [], "params": {}, "sample": 0}, "x"))
+print("ready", flush=True)
+sys.stdin.read()
+"""
     child = subprocess.Popen(
         [sys.executable, "-c", program, path],
         stdin=subprocess.PIPE,
@@ -552,7 +558,7 @@ def test_a_log_that_another_process_writes_is_refused(tmp_path, rows):
 
 
 def test_the_newest_log_of_a_process_writes(tmp_path, rows):
-    """As when a notebook's cells are run again, while the LLMs of the first run still hold the old log."""
+    """As when a notebook's cells run again, while LLMs of the first run still hold the old log."""
     path = tmp_path / "c.jsonl"
     with Server() as server:
         old = CallLog(path, "record").llm("m", live(f"m@{server.url}"))
