@@ -191,6 +191,7 @@ def _record_in_child(path, asked, rows):
     os._exit(0)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork a process")
 @pytest.mark.parametrize("kill_at", range(1, 21))
 def test_sigkill_while_recording_loses_nothing_and_pays_nothing_twice(tmp_path, rows, kill_at):
     rows = [{**row, "question": f"{row['question']} {n}"} for n in range(2) for row in rows]

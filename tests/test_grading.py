@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -812,7 +813,7 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     assert whole.loc["teacher's calls a row", "pairwise"] == "2" and len(chats) == 2 * int(
         whole.loc["rows to learn from", "pairwise"]
     )
-    (tmp_path / "pairwise").symlink_to(DATA / "pairwise")
+    shutil.copytree(DATA / "pairwise", tmp_path / "pairwise")
     assert list(compare_designs(tmp_path)) == ["pairwise"]
     # Where every answer is the same, no trivial judge has a correlation: a dash, and no error.
     (tmp_path / "correctness").mkdir()
@@ -828,7 +829,7 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     ]
     save_rows(tmp_path / "correctness" / "test_qa_complete.jsonl", same)
     for file in ("train_qa.jsonl", "correction_finetuning_events.jsonl"):
-        (tmp_path / "correctness" / file).symlink_to(DATA / "correctness" / file)
+        shutil.copy(DATA / "correctness" / file, tmp_path / "correctness")
     assert compare_designs(tmp_path).loc["best trivial judge", "correctness"] == "– (overlap)"
 
 
