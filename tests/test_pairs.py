@@ -545,22 +545,13 @@ def test_the_published_figures_come_out_to_every_digit():
     report = pairwise_report(rows, "gpt_4", students, flipped="as_published")
     names = ["inconclusive", "agreements", "compared", "agreement_rate", "correlation", "jaccard"]
     assert list(report.columns[:9]) == names + ["coverage", "agreement_overall", "kappa"]
-    assert report.loc["ft_gpt_3p5", names].tolist() == [
-        15,
-        41,
-        47,
-        0.8723404255319149,
-        0.765365523658036,
-        0.773126734505088,
-    ]
-    assert report.loc["gpt_3p5", names].tolist() == [
-        24,
-        32,
-        38,
-        0.8421052631578947,
-        0.671929323262293,
-        0.7308712958867757,
-    ]
+    # The last two digits of a float differ between processors.
+    expected = {
+        "ft_gpt_3p5": [15, 41, 47, 0.8723404255319149, 0.765365523658036, 0.773126734505088],
+        "gpt_3p5": [24, 32, 38, 0.8421052631578947, 0.671929323262293, 0.7308712958867757],
+    }
+    for student, figures in expected.items():
+        assert report.loc[student, names].tolist() == pytest.approx(figures, rel=1e-13)
     right = pairwise_report(rows, "gpt_4", students)
     assert right["agreements"].tolist() == [44, 34] and right["correlation"].round(4).tolist() == [
         0.8932,
