@@ -34,7 +34,11 @@ def path(tmp_path):
 
 
 def judged(rows, path, personas=("", "-terse"), model="gpt-4.1"):
-    """Rows judged under two logged names of one model, as a notebook's stage would; Collected if not all are answered."""
+    """Rows judged under two logged names of one model, as a notebook's stage would.
+
+    Raises:
+        Collected: not all are answered.
+    """
     log = CallLog(path)
 
     async def go():
@@ -261,7 +265,8 @@ def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
         (
             "BUDGET_DOLLARS",
             "0.001",
-            r"the budget of \$0.001 does not allow .*: \$0.0000 is spent, and 12 more calls may cost \$0\.\d",
+            r"the budget of \$0.001 does not allow .*: \$0.0000 is spent, "
+            r"and 12 more calls may cost \$0\.\d",
         ),
     ):
         monkeypatch.setenv(name, value)
@@ -298,20 +303,22 @@ def test_both_orders_of_a_pair_go_out_together(path, server):
     )
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkeypatch, capsys):
-    code = [
-        "from helpers import CallLog, judge_rows, live, load_rows, models_of, name_of, snapshot_folder",
-        "snapshot = snapshot_folder('correctness')",
-        "TEACHER = models_of(snapshot)['teacher']",
-        "log = CallLog(snapshot / 'calls.jsonl')",
-        "from llama_index.core.evaluation import CorrectnessEvaluator",
-        "rows = [{'question': f'Why {i}?', 'reference': 'So.', 'response_data': {'text': 'So.'}} for i in range(4)]",
-        "for sample in (0, 1):",
-        "    judge = CorrectnessEvaluator(llm=log.llm(TEACHER, live(TEACHER), params={'temperature': 0}, sample=sample))",
-        "    rows = await judge_rows(rows, judge, name=f't{sample}')",
-        "len(rows[0]['evaluations'])",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(code))])
+    code = """
+from llama_index.core.evaluation import CorrectnessEvaluator
+from helpers import CallLog, judge_rows, live, models_of, snapshot_folder
+snapshot = snapshot_folder("correctness")
+TEACHER = models_of(snapshot)["teacher"]
+log = CallLog(snapshot / "calls.jsonl")
+row = {"reference": "So.", "response_data": {"text": "So."}}
+rows = [{"question": f"Why {i}?", **row} for i in range(4)]
+for sample in (0, 1):
+    llm = log.llm(TEACHER, live(TEACHER), params={"temperature": 0}, sample=sample)
+    rows = await judge_rows(rows, CorrectnessEvaluator(llm=llm), name=f"t{sample}")
+len(rows[0]["evaluations"])
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / "01_correctness.ipynb")
     monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")

@@ -1,4 +1,4 @@
-"""What calls cost: prices, the budget, the check before a run, the table after it, the progress bar."""
+"""What calls cost: prices, the budget, the check before a run, the table after it."""
 
 import asyncio
 import io
@@ -95,7 +95,8 @@ def test_a_cap_in_calls_is_kept_to_the_call_and_goes_on_when_it_is_raised(
             monkeypatch.setenv("BUDGET_CALLS", str(cap))
             with pytest.raises(
                 RunStopped,
-                match=f"the budget of {cap} calls is used up.*raise the cap and run again.*{held} of 60 rows were done",
+                match=f"the budget of {cap} calls is used up.*raise the cap and run again.*"
+                f"{held} of 60 rows were done",
             ):
                 judged(many, path, server)
             assert len(load_rows(path)) == len(server.bodies) == held
@@ -122,16 +123,18 @@ def test_a_cap_in_money_holds_for_calls_under_way_too(many, tmp_path, monkeypatc
     with Server(delay=0.01) as server:
         with pytest.raises(
             RunStopped,
-            match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, and another call may cost \$0.00",
+            match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, "
+            r"and another call may cost \$0.00",
         ):
             judged(many, path, server)
         held, most = len(load_rows(path)), 0.02
         one = paid(server) / held
-        # Within the cap, and as near to it as the next call's most allows: calls under way were waited for.
+        # It waited for the calls under way. It stopped within the cap, where the next call could
+        # have gone beyond it.
         assert most - (one + MAX_TOKENS * 8 / 1e6) < paid(server) <= most and held == len(
             server.bodies
         )
-        # What the log holds counts: under the same cap not one more is asked, under a higher one the rest.
+        # What the log holds counts. The same cap allows no further call; a higher one, the rest.
         with pytest.raises(RunStopped):
             judged(many, path, server)
         assert len(server.bodies) == held
@@ -158,7 +161,7 @@ def test_a_cap_in_money_needs_a_price(rows, tmp_path, monkeypatch):
 
 
 def test_money_spent_by_a_persona_counts_from_the_start(rows, tmp_path, monkeypatch):
-    """In a new process the log says of its rows only the logged name; what it stands for is kept beside it."""
+    """Rows hold the logged name only; a file beside the log says which model it stands for."""
     path = tmp_path / "c.jsonl"
     with Server() as server:
         judged(rows, path, server, "gpt-4.1", logged="gpt-4.1-terse")
@@ -231,7 +234,7 @@ def test_tokens_that_nobody_reported_are_counted(tmp_path):
 
 
 def test_no_prompt_of_the_notebooks_is_longer_than_the_bound():
-    """The shortest prompt of a role holds its instructions; to it come, at most, the texts that models wrote and chunks of 256 tokens."""
+    """The longest prompt is the shortest of its role, with models' texts and chunks added."""
     more = {"teacher": (3, 1), "question-writer": (1, 1), "answerer": (1, 2)}  # texts, chunks
     for part in ("correctness", "pairwise", "single_grading"):
         prompts = {role: [] for role in more}

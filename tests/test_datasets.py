@@ -88,10 +88,9 @@ def test_a_live_reader_is_asked_once_and_its_pages_are_frozen(monkeypatch, tmp_p
 def test_a_snapshot_without_documents_uses_the_bundled_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("SNAPSHOT", str(tmp_path))
     monkeypatch.setenv("JUDGE_MODE", "record")
-    assert (
-        SnapshotReader().load_data(pages=["History of Tokyo"])[0].text
-        == (DATA / "documents" / "History_of_Tokyo.txt").read_text()
-    )
+    assert SnapshotReader().load_data(pages=["History of Tokyo"])[0].text == (
+        DATA / "documents" / "History_of_Tokyo.txt"
+    ).read_text(encoding="utf-8")
 
 
 def nodes():
@@ -177,8 +176,9 @@ def test_each_engine_answers_its_question(tmp_path):
         asyncio.run(answer_questions(pairs, engines[:2]))
 
 
+@pytest.mark.slow
 def test_the_bundled_vectors_are_those_of_the_encoder_here():
-    """Of texts of the bundled rows: what replay takes from the file is what the encoder says, to half precision."""
+    """The vectors that a replay takes from the file are the encoder's, to half precision."""
     rows = load_rows(DATA / "single_grading" / "test_qa.jsonl")[::9]
     texts = [
         text

@@ -1,4 +1,4 @@
-"""WikipediaReader live, against a loopback copy of Wikipedia's API, with the package `wikipedia` as it is."""
+"""WikipediaReader live, with the real package `wikipedia`, against a loopback copy of its API."""
 
 import json
 import threading
@@ -21,7 +21,10 @@ TEXTS = {
 
 
 class Api:
-    """What Wikipedia's api.php says of a handful of pages. `refuse`: {title: (HTTP status, how often)}."""
+    """What Wikipedia's api.php says of a handful of pages.
+
+    Its `refuse` is {title: (HTTP status, how often)}.
+    """
 
     def __init__(self) -> None:
         self.refuse, self.asked, self.agents, self.searches = {}, [], set(), 0
@@ -69,7 +72,8 @@ class Api:
                         "9": {
                             "revisions": [
                                 {
-                                    "*": "<ul><li><a>History of Oslo</a></li><li><a>Oslo, Minnesota</a></li></ul>"
+                                    "*": "<ul><li><a>History of Oslo</a></li>"
+                                    "<li><a>Oslo, Minnesota</a></li></ul>"
                                 }
                             ]
                         }

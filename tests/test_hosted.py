@@ -134,7 +134,9 @@ def test_a_job_that_fails_says_why(chats, path, last, said):
 
 def test_a_bad_file_is_not_uploaded(chats, path, tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text(chats.read_text().replace('"assistant"', '"user"', 1))
+    bad.write_text(
+        chats.read_text(encoding="utf-8").replace('"assistant"', '"user"', 1), encoding="utf-8"
+    )
     with Server() as server:
         with pytest.raises(DamagedFile, match="bad.jsonl, line 1: expected messages of the roles"):
             students(server, bad, path)
@@ -166,7 +168,7 @@ def test_students_are_started_once_picked_up_and_replayed(
         monkeypatch.setenv("FINETUNING_HOURS", "0.00001")
         with pytest.raises(RunStopped, match="ftjob-1 is 'running' after 1e-05 hours.*run again"):
             hosted_students(model, chats, CallLog(path))
-        note = json.loads(path.with_name("finetuning_job.json").read_text())
+        note = json.loads(path.with_name("finetuning_job.json").read_text(encoding="utf-8"))
         assert note["id"] == "ftjob-1" and note["fine_tuned_model"] is None, (
             "the job is noted before it is waited for"
         )
@@ -236,11 +238,15 @@ def test_a_job_of_another_account_is_named_with_its_note(chats, path):
     with Server() as server:
         hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
         note = path.with_name("finetuning_job.json")
-        note.write_text(json.dumps({**json.loads(note.read_text()), "fine_tuned_model": None}))
+        note.write_text(
+            json.dumps({**json.loads(note.read_text(encoding="utf-8")), "fine_tuned_model": None}),
+            encoding="utf-8",
+        )
         server.jobs.clear()
         with pytest.raises(
             RunStopped,
-            match="ftjob-1 is not known to this account.*Delete .*finetuning_job.json to start a new one",
+            match="ftjob-1 is not known to this account.*"
+            "Delete .*finetuning_job.json to start a new one",
         ):
             hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
 
@@ -264,7 +270,10 @@ def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, path, monkeypat
     with Server() as server:
         for i, last in enumerate(("succeeded", "failed", "succeeded")):
             server.job = ("running", last)
-            chats.write_text(chats.read_text().replace(f"Row {i}.", f"Row number {i}."))
+            chats.write_text(
+                chats.read_text(encoding="utf-8").replace(f"Row {i}.", f"Row number {i}."),
+                encoding="utf-8",
+            )
             log = CallLog(path)
             if last == "failed":
                 with pytest.raises(RunStopped):
@@ -292,7 +301,9 @@ def test_another_file_is_another_job_and_a_failed_one_is_not_waited_for_again(ch
         for jobs in (2, 2):
             hosted_students(model, chats, CallLog(path))
             assert len(server.jobs) == jobs
-        chats.write_text(chats.read_text().replace("Row 1.", "Row one."))
+        chats.write_text(
+            chats.read_text(encoding="utf-8").replace("Row 1.", "Row one."), encoding="utf-8"
+        )
         assert "ftjob-3" in hosted_students(model, chats, CallLog(path))["hosted"].model_name
         hosted_students(f"gpt-4.1@{server.url}", chats, CallLog(path))
         assert len(server.jobs) == 4

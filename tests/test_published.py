@@ -56,9 +56,9 @@ def test_a_wrong_checksum_and_a_missing_file_leave_nothing_and_stop_nothing(base
 def test_a_file_that_was_changed_is_said_and_left(base, tmp_path):
     published.download()
     changed = tmp_path / "new" / list(TEXTS)[0]
-    changed.write_text("mine")
+    changed.write_text("mine", encoding="utf-8")
     assert "remove it to fetch it anew" in published.download()[0]
-    assert changed.read_text() == "mine"
+    assert changed.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_over_http(tmp_path, monkeypatch, fault, said):
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(base, tmp_path):
-    (tmp_path / "new").write_text("a file where the folder should be")
-    wrong = published.download()
-    assert len(wrong) == 3 and (tmp_path / "new").read_text() == "a file where the folder should be"
+    file, text = tmp_path / "new", "a file where the folder should be"
+    file.write_text(text, encoding="utf-8")
+    assert len(published.download()) == 3 and file.read_text(encoding="utf-8") == text
 
 
 def test_the_list_is_the_seven_files_of_one_commit(monkeypatch):

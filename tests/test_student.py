@@ -9,8 +9,6 @@ from llama_index.core.evaluation import CorrectnessEvaluator
 from scipy.special import softmax
 
 from helpers import Student, distillation_loss, items_of, load_rows, scores_of, untrained_judges
-from helpers import student as module
-from helpers.embeddings import embed
 from helpers.pairs import answer_features
 from helpers.rows import DATA
 from helpers.student import LocalJudge, fit_head, lexical_features, read_prompt
@@ -99,19 +97,6 @@ def test_saved_and_loaded_it_judges_the_same(bundled, trained, tmp_path):
     assert (loaded.scores(bundled[1][0]) == trained.scores(bundled[1][0])).all()
     with np.load(tmp_path / "student.v2.npz", allow_pickle=False) as file:
         assert sorted(file.files) == ["kinds", "labels", "mean", "scale", "weights"]
-
-
-def test_float_noise_of_another_machine_moves_no_verdict(bundled, trained, monkeypatch):
-    items = bundled[1][0]
-    noise = np.random.default_rng(0)
-    monkeypatch.setattr(
-        module,
-        "embed",
-        lambda texts: embed(texts) + noise.normal(scale=1e-7, size=(len(texts), 384)),
-    )
-    moved = Student.fit(*bundled[0])
-    assert moved.kinds == trained.kinds
-    assert (moved.scores(items) == trained.scores(items)).all()
 
 
 def test_judging_one_by_one_is_judging_in_a_batch(bundled, trained):
