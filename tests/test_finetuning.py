@@ -116,7 +116,7 @@ def test_tokens_and_cost(monkeypatch):
     }
     assert count_tokens([event] * 2) == [3 + 3 * (3 + 1 + 2)] * 2
     monkeypatch.setenv("PRICES", "gpt-4.1=2/8/99")
-    cost = training_cost([event] * 1000, epochs=3)
+    cost = training_cost([event] * 1000)
     assert cost.loc["gpt-4.1", "$ per million"] == 99
     assert cost.loc["gpt-4o-mini", "tokens"] == 63_000
     assert cost.loc["gpt-4o-mini", "$"] == pytest.approx(63_000 * 3 / 1e6, abs=0.01)
