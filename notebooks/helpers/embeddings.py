@@ -26,6 +26,7 @@ class LocalEmbedding(BaseEmbedding):
     """
 
     _vectors: dict = PrivateAttr(default_factory=dict)  # by digest of the text
+    _kept: set = PrivateAttr(default_factory=set)  # digests that KEEP_EMBEDDINGS has
     _encoder: Any = PrivateAttr(default=None)
 
     def __init__(self, **settings: Any) -> None:
@@ -54,7 +55,9 @@ class LocalEmbedding(BaseEmbedding):
             self._warn_of_long(ordered)
             vectors = np.array(self.encoder.get_text_embedding_batch(ordered), dtype=np.float16)
             self._vectors |= zip(map(_digest, ordered), vectors.astype(float))
-        if keep := os.environ.get("KEEP_EMBEDDINGS"):
+        keep = os.environ.get("KEEP_EMBEDDINGS")
+        if keep and not self._kept.issuperset(digests):
+            self._kept.update(digests)
             used = {digest: self._vectors[digest] for digest in digests}
             write_vectors(Path(keep), read_vectors(Path(keep)) | used)
         return [self._vectors[digest].tolist() for digest in digests]
