@@ -190,6 +190,7 @@ def test_the_bundled_vectors_are_those_of_the_encoder_here():
     assert np.allclose([stored[embeddings._digest(text)] for text in texts], encoded, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_the_encoder_is_loaded_only_for_a_text_that_is_not_there(monkeypatch, tmp_path):
     known = load_rows(DATA / "single_grading" / "test_qa.jsonl")[0]["question"]
     fresh = embeddings.LocalEmbedding()

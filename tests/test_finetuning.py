@@ -39,6 +39,7 @@ def events(tmp_path, rows):
     return asyncio.run(go())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_sequential_run_writes_what_llama_index_s_handler_writes(tmp_path, rows):
     import logging

@@ -483,6 +483,7 @@ def test_each_generator_answers_each_question_from_its_own_chunk():
         asyncio.run(answer_in_context([pairs[0], {"question": "Why?"}], [("b", FakeLive())]))
 
 
+@pytest.mark.slow
 def test_the_extractive_answerer_quotes_the_nearest_sentences_in_their_order():
     pair = {
         "question": "Who was the engineer of the bridge, and when did it open?",
@@ -521,6 +522,7 @@ def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path, monkeypatch):
     """A real HuggingFaceLLM with a tiny random model: its nonsense is logged and replayed."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -752,6 +754,7 @@ def test_what_cannot_be_learnt_is_refused(change, said):
         Student.fit(**settings)
 
 
+@pytest.mark.slow
 def test_a_text_too_long_for_the_encoder_is_judged_and_said_once(recwarn):
     long = "The bridge opened in 1937 after four years of work. " * 60
     judge = untrained_judges(0.5, 0, 1)["base"]

@@ -258,6 +258,7 @@ def test_a_bad_pair_is_named(pairs, change, said):
         judged(pairs, PairJudge(lambda shown: ("A", ""), model_name="j"))
 
 
+@pytest.mark.slow
 def test_an_empty_source_and_empty_answers_are_judged(pairs):
     pairs[0]["source"] = ""
     pairs[1]["answers"][0]["text"] = ""
