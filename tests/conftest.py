@@ -19,7 +19,8 @@ for name in (*SETTINGS, *INTERNAL, *KEYS, "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    config.option.cov_source = None  # or nbval measures in the kernels too, and waits in vain
     rank = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
