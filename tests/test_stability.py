@@ -101,8 +101,8 @@ def verdict(row):
 @pytest.mark.parametrize("judge", [by_correctness, by_pairs, by_grades])
 def test_small_moves_of_the_features_move_no_verdict_and_no_printed_figure(judge, monkeypatch):
     kinds, probabilities, rows, tables = judge()
-    monkeypatch.setattr(student, "featurize", moved(student.featurize))
-    monkeypatch.setattr(pairs, "featurize_pairs", moved(pairs.featurize_pairs))
+    for kind in (student.Student, pairs.PairStudent):
+        monkeypatch.setattr(kind, "featurize", staticmethod(moved(kind.featurize)))
     kinds_moved, probabilities_moved, rows_moved, tables_moved = judge()
     assert kinds_moved == kinds
     change = np.abs(probabilities_moved - probabilities).max()
