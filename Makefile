@@ -15,16 +15,17 @@ help: ## list the targets
 run: .venv/installed ## run every notebook on the cached calls (no key, no network), show their metrics; NOTEBOOK=01_correctness runs one
 	@$(BIN)/python -m helpers run $(NOTEBOOK)
 
-lint: .venv/installed ## formatter, linter and type check, as pyproject.toml configures them
+lint: .venv/installed ## formatter, linter (notebooks too) and type check, as pyproject.toml says
 	@$(BIN)/ruff format --check notebooks/helpers tests
-	@$(BIN)/ruff check notebooks tests
+	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
 check: lint ## lint, and the fast tests
 	@$(BIN)/python -m pytest tests -m "not slow" -n auto --dist worksteal
 
 test: .venv/installed ## all tests, and every notebook replayed and compared with its committed outputs
-	@$(BIN)/python -m pytest notebooks tests -n auto --dist loadfile --cov --nbval --nbval-current-env \
+	@$(BIN)/python -m pytest notebooks tests -n auto --dist loadfile \
+		--no-loadscope-reorder --cov --nbval --nbval-current-env \
 		--nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 lab: .venv/installed ## open the notebooks in JupyterLab

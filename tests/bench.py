@@ -1,4 +1,4 @@
-"""`make bench`: what the README and the design promise, measured in one run. Prints a line a figure, with its limit."""
+"""`make bench`: what the README promises, measured in one run; a line a figure, with its limit."""
 
 import asyncio
 import contextlib
@@ -17,6 +17,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -45,6 +47,7 @@ from helpers.log import make_row
 from helpers.rows import DATA
 from helpers.settings import ROOT
 
+LOGGED = "judge_rows, with the log"
 missed = []
 
 
@@ -52,11 +55,10 @@ def show(
     what: str, figure: float, unit: str, limit: float | None = None, more_is_better: bool = False
 ) -> None:
     good = limit is None or (figure >= limit if more_is_better else figure <= limit)
-    bound = (
-        ""
-        if limit is None
-        else f"   ({'at least' if more_is_better else 'at most'} {limit:,.6g}{'' if good else ': MISSED'})"
-    )
+    bound = ""
+    if limit is not None:
+        side = "at least" if more_is_better else "at most"
+        bound = f"   ({side} {limit:,.6g}{'' if good else ': MISSED'})"
     print(f"  {what:<62}{figure:>12,.2f} {unit}{bound}", flush=True)
     if not good:
         missed.append(what)
@@ -104,7 +106,7 @@ def opening(path: Path) -> tuple[float, float]:
     run = subprocess.run(
         [sys.executable, "-c", OPENING, str(path)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
         cwd=ROOT / "notebooks",
     )
@@ -184,6 +186,48 @@ def student() -> None:
     show("keeping the events of a judge, against not keeping them", recorded / plain, "times")
 
 
+TRAINING = """
+import sys, time
+from threadpoolctl import threadpool_limits
+from helpers import Student, items_of, load_rows, scores_of
+from helpers.rows import DATA
+
+rows = load_rows(DATA / "correctness" / "train_qa.jsonl")
+items, scores = items_of(rows), scores_of(rows, "teacher")
+Student.fit(items, scores)  # imports, and vectors and counts that are kept
+with threadpool_limits(int(sys.argv[1])):
+    used = time.process_time()
+    Student.fit(items, scores)
+    print(time.process_time() - used)
+"""
+
+
+def training_by(threads: int) -> float:
+    """CPU seconds that `Student.fit` takes in a process that may use so many threads."""
+    variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    run = subprocess.run(
+        [sys.executable, "-c", TRAINING, str(threads)],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        cwd=ROOT / "notebooks",
+        env={**os.environ, **dict.fromkeys(variables, str(threads))},
+    )
+    return float(run.stdout)
+
+
+def training() -> None:
+    print("Training on the bundled correctness rows, in CPU seconds, best of 3")
+    taken: dict[int, float] = {}
+    for _ in range(3):
+        for threads in (1, 2):
+            taken[threads] = min(taken.get(threads, math.inf), training_by(threads))
+    for threads, used in taken.items():
+        show(f"Student.fit, {threads} thread(s) allowed", used, "s", 3)
+    show("2 threads against 1", taken[2] / taken[1], "times", 1.3)
+    show("1 thread against 2", taken[1] / taken[2], "times", 1.3)
+
+
 def soft_targets() -> None:
     print("Training on soft targets (single grading), texts embedded")
     rows = load_rows(DATA / "single_grading" / "train_qa.jsonl")
@@ -192,7 +236,7 @@ def soft_targets() -> None:
     embed([text for item in items for text in item])
 
     def train(times: int, alpha: float) -> float:
-        # Questions of their own in each copy, so that cross-validation parts them as it does others.
+        # Each copy has its own questions, so cross-validation parts them as it does others.
         many = [
             (f"{question} {copy}", context, answer)
             for copy in range(times)
@@ -230,7 +274,7 @@ class Loopback:
             [sys.executable, str(Path(__file__).with_name("server.py")), str(self.delay)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         return self.process.stdout.readline().strip()
 
@@ -299,70 +343,76 @@ async def raw(url: str, rows: list[dict], concurrency: int) -> None:
         await asyncio.gather(*map(one, rows))
 
 
+@dataclass
+class Stopwatch:
+    """The least wall time and processor time of each job, in seconds, over all its rounds."""
+
+    walls: dict[str, float] = field(default_factory=dict)
+    processor: dict[str, float] = field(default_factory=dict)
+
+    async def measure(self, name: str, job: Awaitable) -> None:
+        wall, used = time.perf_counter(), time.process_time()
+        await job
+        used, wall = time.process_time() - used, time.perf_counter() - wall
+        self.walls[name] = min(self.walls.get(name, math.inf), wall)
+        self.processor[name] = min(self.processor.get(name, math.inf), used)
+
+
+async def rounds_of_calls(
+    url: str, folder: str, calls: int, concurrency: int, rounds: int, one_by_one: bool
+) -> Stopwatch:
+    """Time the ways to make many calls. The ways take turns, round by round."""
+    log = CallLog(Path(folder) / "calls.jsonl", "record")
+    logged = CorrectnessEvaluator(
+        llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0})
+    )
+    endpoint = CorrectnessEvaluator(llm=live(f"gpt-4.1@{url}")())
+    theirs = CorrectnessEvaluator(llm=OpenAI(model="gpt-4.1", api_base=url, api_key="none"))
+    ways = {
+        LOGGED: lambda rows: judge_rows(rows, logged, name="t", concurrency=concurrency),
+        "a bare gather of the evaluator, our endpoint": lambda rows: bare_gather(
+            endpoint, rows, concurrency
+        ),
+        "a bare gather of the evaluator, LlamaIndex's": lambda rows: bare_gather(
+            theirs, rows, concurrency
+        ),
+        "LlamaIndex's BatchEvalRunner": lambda rows: by_runner(theirs, rows, concurrency),
+        "aiohttp alone": lambda rows: raw(url, rows, concurrency),
+    }
+    watch = Stopwatch()
+    await judge_rows(fresh_rows(concurrency), logged, name="warm", concurrency=concurrency)
+    for _ in range(rounds):
+        for name, way in ways.items():
+            await watch.measure(name, way(fresh_rows(calls)))
+    if one_by_one:
+        job = in_turn(theirs, fresh_rows(calls), concurrency)
+        await watch.measure("one after the other, as the originals", job)
+    return watch
+
+
 def live_calls() -> None:
-    """Calls that take a while, so many at once: wall time against the limit, calls * delay / concurrency. The machine is shared, so
-    each is the best of several rounds."""
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # LlamaIndex's clients complain when their event loop closes
+    """Many slow calls at once: wall time against the limit, calls * delay / concurrency."""
+    # LlamaIndex's clients complain when their event loop closes.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     for delay, calls, concurrency, rounds in ((0.2, 128, 16, 5), (1.0, 256, 64, 5)):
         limit = calls * delay / concurrency
-        print(
-            f"{calls} live calls of {delay:g} s, {concurrency} at once: times the limit of {limit:g} s, best of {rounds}"
-        )
-        walls, processor = {}, {}
-
-        async def measure(name: str, job) -> None:
-            wall, used = time.perf_counter(), time.process_time()
-            await job
-            walls[name] = min(walls.get(name, math.inf), time.perf_counter() - wall)
-            processor[name] = min(processor.get(name, math.inf), time.process_time() - used)
-
-        async def rounds_of_all(url: str, folder: str) -> None:
-            log = CallLog(Path(folder) / "calls.jsonl", "record")
-            logged = CorrectnessEvaluator(
-                llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0})
-            )
-            endpoint = CorrectnessEvaluator(llm=live(f"gpt-4.1@{url}")())
-            theirs = CorrectnessEvaluator(llm=OpenAI(model="gpt-4.1", api_base=url, api_key="none"))
-            await judge_rows(fresh_rows(concurrency), logged, name="warm", concurrency=concurrency)
-            for _ in range(rounds):
-                await measure(
-                    "judge_rows, with the log",
-                    judge_rows(fresh_rows(calls), logged, name="t", concurrency=concurrency),
-                )
-                await measure(
-                    "a bare gather of the evaluator, our endpoint",
-                    bare_gather(endpoint, fresh_rows(calls), concurrency),
-                )
-                await measure(
-                    "a bare gather of the evaluator, LlamaIndex's",
-                    bare_gather(theirs, fresh_rows(calls), concurrency),
-                )
-                await measure(
-                    "LlamaIndex's BatchEvalRunner",
-                    by_runner(theirs, fresh_rows(calls), concurrency),
-                )
-                await measure("aiohttp alone", raw(url, fresh_rows(calls), concurrency))
-            if delay < 1:
-                await measure(
-                    "one after the other, as the originals",
-                    in_turn(theirs, fresh_rows(calls), concurrency),
-                )
-
+        print(f"{calls} live calls of {delay:g} s, {concurrency} at once, best of {rounds}")
+        print(f"  (wall time in times of the limit, {limit:g} s)")
         with (
             Loopback(delay) as url,
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stderr(io.StringIO()),
         ):
-            asyncio.run(rounds_of_all(url, folder))
-        for name, wall in walls.items():
-            show(name, wall / limit, "times", 1.15 if name.startswith("judge_rows") else None)
-            show("    processor time a call", processor[name] / calls * 1000, "ms")
+            watch = asyncio.run(
+                rounds_of_calls(url, folder, calls, concurrency, rounds, one_by_one=delay < 1)
+            )
+        for name, wall in watch.walls.items():
+            show(name, wall / limit, "times", 1.15 if name == LOGGED else None)
+            show("    processor time a call", watch.processor[name] / calls * 1000, "ms")
 
 
 def where_it_goes() -> None:
-    """By the package whose code runs; Python's own library counts for the package that calls it, where that can be told."""
+    """By the package whose code runs. Python's own library counts for the package that calls it."""
 
     def package(function: tuple) -> str:
         found = re.search(r"site-packages/(\w+)|/(helpers|tests)/", function[0])
@@ -438,14 +488,22 @@ from helpers import CallLog, judge_rows, live
 from llama_index.core.evaluation import CorrectnessEvaluator
 
 path, url, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-rows = [{"question": f"Question {i}?", "reference": "It is so.", "response_data": {"text": f"Answer {i}."}} for i in range(count)]
+answers = [{"text": f"Answer {i}."} for i in range(count)]
+rows = [
+    {"question": f"Question {i}?", "reference": "It is so.", "response_data": answer}
+    for i, answer in enumerate(answers)
+]
 log = CallLog(path, "record")
-judge = CorrectnessEvaluator(llm=log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0}))
-warm = [{**rows[0], "question": f"The first live call of process {os.getpid()} loads what all need."}]
+llm = log.llm("gpt-4.1", live(f"gpt-4.1@{url}"), params={"temperature": 0})
+judge = CorrectnessEvaluator(llm=llm)
+# The first live call of a process loads what all need.
+warm = [{**rows[0], "question": f"Is process {os.getpid()} warm?"}]
 asyncio.run(judge_rows(warm, judge, name="t"))
-before = psutil.Process().memory_info().rss
+memory = psutil.Process().memory_info
+before = memory().rss
 judged = asyncio.run(judge_rows(rows, judge, name="t", concurrency=32))
-print(sum(row["evaluations"][0]["score"] is not None for row in judged), (psutil.Process().memory_info().rss - before) / 1e6)
+done = sum(row["evaluations"][0]["score"] is not None for row in judged)
+print(done, (memory().rss - before) / 1e6)
 """
 
 
@@ -460,7 +518,7 @@ def resuming() -> None:
                 [sys.executable, "-c", RESUMING, str(path), server.url, str(count)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                text=True,
+                encoding="utf-8",
                 cwd=ROOT / "notebooks",
                 env=environment,
             )
@@ -512,6 +570,7 @@ if __name__ == "__main__":
     log_cost()
     resuming()
     replay()
+    training()
     student()
     soft_targets()
     notebooks()

@@ -11,9 +11,18 @@ from helpers.settings import INTERNAL, KEYS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# `make test` gives each file to one process. These take longest, so they start first.
+SLOWEST = ["test_live.py", "03_shared_helpers.ipynb", "test_interrupted.py", "01_correctness.ipynb"]
+
 # At import, so that the notebooks' kernels start without them too.
 for name in (*SETTINGS, *INTERNAL, *KEYS, "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(config, items):
+    config.option.cov_source = None  # or nbval measures in the kernels too, and waits in vain
+    rank = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""A live model for tests: answers by a rule, remembers what it was asked, and can be slow, shuffled or broken."""
+"""A live model for tests: it answers by a rule and remembers what it was asked.
+
+It can be slow, shuffled or broken.
+"""
 
 import asyncio
 import hashlib
@@ -20,7 +23,8 @@ class FakeLive(CustomLLM):
 
     Args:
         asked: a file to which each prompt's hash is appended, to be read from outside.
-        delay: seconds, at most; calls end in another order than they began. Without one a call is never left half done.
+        delay: seconds, at most; calls end in another order than they began. Without one, a call is
+            never left half done.
         broken: prompts that hold this text raise.
     """
 
@@ -42,7 +46,7 @@ class FakeLive(CustomLLM):
         digest = hashlib.sha256(text.encode()).hexdigest()
         self._count.append(digest)
         if self.asked:
-            with open(self.asked, "a") as file:
+            with open(self.asked, "a", encoding="utf-8", newline="\n") as file:
                 file.write(digest + "\n")
         if self.broken and self.broken in text:
             raise ConnectionError("the line is dead")

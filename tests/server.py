@@ -1,7 +1,9 @@
-"""A loopback server that speaks OpenAI's API: chat completions, embeddings, models, files, fine-tuning jobs, batches.
+"""A loopback server that speaks OpenAI's API.
 
-It answers by a rule, counts requests by content, and takes delays and faults as settings. As a program (`python server.py DELAY`)
-it serves until its input is closed, and prints its address first: so that a benchmark's client has its cores to itself.
+It knows chat completions, embeddings, models, files, fine-tuning jobs and batches. It answers by a
+rule, counts requests by content, and takes delays and faults as settings. As a program
+(`python server.py DELAY`) it prints its address and serves until its input is closed. So a
+benchmark's client has a process to itself.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from typing import Callable
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -46,13 +48,15 @@ class Server:
     Args:
         reply: of the messages; the text that the model says.
         delay: seconds before each chat completion.
-        fault: of (request body, how often this content was asked before); None, a `web.Response` to send instead, "drop" to break
-            the connection in the middle of the body, or a dict to change the choice (`content`, `finish_reason`, `refusal`).
+        fault: of (request body, how often this content was asked before); None, a `web.Response` to
+            send instead, "drop" to break the connection in the middle of the body, or a dict to
+            change the choice (`content`, `finish_reason`, `refusal`).
         models: the ids that exist; by default any, and none is listed.
         job: the states that a fine-tuning job goes through, one a look; the last stays.
         batch: those of a batch.
-        gate: of (method, path, how often that was asked before), before all else: None, a `web.Response` to send instead, or "lost" to
-            do what is asked and then break the connection.
+        gate: of (method, path, how often that was asked before), before all else: None, a
+            `web.Response` to send instead, or "lost" to do what is asked and then break the
+            connection.
     """
 
     def __init__(

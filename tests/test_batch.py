@@ -34,7 +34,11 @@ def path(tmp_path):
 
 
 def judged(rows, path, personas=("", "-terse"), model="gpt-4.1"):
-    """Rows judged under two logged names of one model, as a notebook's stage would; Collected if not all are answered."""
+    """Rows judged under two logged names of one model, as a notebook's stage would.
+
+    Raises:
+        Collected: not all are answered.
+    """
     log = CallLog(path)
 
     async def go():
@@ -245,7 +249,7 @@ def test_odd_line_ends_and_refusals_in_a_batch_s_results(rows, path, server, mon
         purpose,
     )
     [wrong] = answer_requests(log := collected(rows, path))
-    assert "a line that is no result" in wrong and len(log) == 12
+    assert "results.jsonl, line 13: not a result" in wrong and len(log) == 12
     log.close()
     done = judged(rows, path)
     assert [
@@ -261,7 +265,8 @@ def test_a_batch_keeps_to_the_budget(rows, path, server, monkeypatch):
         (
             "BUDGET_DOLLARS",
             "0.001",
-            r"the budget of \$0.001 does not allow .*: \$0.0000 is spent, the next may cost \$0\.\d",
+            r"the budget of \$0.001 does not allow .*: \$0.0000 is spent, "
+            r"and 12 more calls may cost \$0\.\d",
         ),
     ):
         monkeypatch.setenv(name, value)
@@ -298,20 +303,22 @@ def test_both_orders_of_a_pair_go_out_together(path, server):
     )
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkeypatch, capsys):
-    code = [
-        "from helpers import CallLog, judge_rows, live, load_rows, models_of, name_of, snapshot_folder",
-        "snapshot = snapshot_folder('correctness')",
-        "TEACHER = models_of(snapshot)['teacher']",
-        "log = CallLog(snapshot / 'calls.jsonl')",
-        "from llama_index.core.evaluation import CorrectnessEvaluator",
-        "rows = [{'question': f'Why {i}?', 'reference': 'So.', 'response_data': {'text': 'So.'}} for i in range(4)]",
-        "for sample in (0, 1):",
-        "    judge = CorrectnessEvaluator(llm=log.llm(TEACHER, live(TEACHER), params={'temperature': 0}, sample=sample))",
-        "    rows = await judge_rows(rows, judge, name=f't{sample}')",
-        "len(rows[0]['evaluations'])",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(code))])
+    code = """
+from llama_index.core.evaluation import CorrectnessEvaluator
+from helpers import CallLog, judge_rows, live, models_of, snapshot_folder
+snapshot = snapshot_folder("correctness")
+TEACHER = models_of(snapshot)["teacher"]
+log = CallLog(snapshot / "calls.jsonl")
+row = {"reference": "So.", "response_data": {"text": "So."}}
+rows = [{"question": f"Why {i}?", **row} for i in range(4)]
+for sample in (0, 1):
+    llm = log.llm(TEACHER, live(TEACHER), params={"temperature": 0}, sample=sample)
+    rows = await judge_rows(rows, CorrectnessEvaluator(llm=llm), name=f"t{sample}")
+len(rows[0]["evaluations"])
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / "01_correctness.ipynb")
     monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")
@@ -340,9 +347,12 @@ def test_a_notebook_runs_through_batches_stage_by_stage(tmp_path, server, monkey
 
 
 def test_models_without_a_batch_api_are_named(rows, path, monkeypatch):
-    for model in ("hf:mistralai/M", "stand-in-teacher"):
+    for model, said in (
+        ("hf:mistralai/M", "this needs a model behind OpenAI's API"),
+        ("stand-in-teacher", "is the name of recorded calls"),
+    ):
         monkeypatch.setenv("TEACHER_MODEL", model)
-        with pytest.raises(RunStopped, match=f"'{model}' has no Batch API"):
+        with pytest.raises(RunStopped, match=f"'{model}'.*{said}"):
             answer_requests(collected(rows, path, model=model, personas=("",)))
 
 
@@ -353,13 +363,11 @@ def test_a_busy_log_stops_the_batch_without_a_traceback(tmp_path, monkeypatch, c
         tmp_path / "notebooks" / "01_correctness.ipynb",
     )
     monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(
-        command, "_execute", lambda path, *rest, **more: command.Run(path, None, "Collected")
-    )
+    monkeypatch.setattr(command, "_execute", lambda *given, **more: (None, "Collected"))
     monkeypatch.setenv("SNAPSHOT", str(tmp_path / "mine"))
     log = tmp_path / "mine" / "correctness" / "calls.jsonl"
     log.parent.mkdir(parents=True)
     with FileLock(f"{log}.lock"):
-        assert command.run_in_batches([]) == 1
-    assert "01_correctness.ipynb: stopped:" in (said := capsys.readouterr().err)
+        assert command.run_in_batches(["01_correctness"]) == 1
+    assert "01_correctness: stopped:" in (said := capsys.readouterr().err)
     assert "another process is recording to this log" in said

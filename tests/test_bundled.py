@@ -222,7 +222,7 @@ def test_responses_are_not_cut_from_one_cloth(calls):
 
 def test_the_stage_files_agree_with_each_other(judged):
     train, test = judged
-    qrd = json.loads((CORRECTNESS / "qrd.json").read_text())
+    qrd = json.loads((CORRECTNESS / "qrd.json").read_text(encoding="utf-8"))
     assert list(qrd["queries"].values()) == [row["question"] for row in train + test]
     assert qrd["responses"] == {
         number: row["reference"] for number, row in zip(qrd["queries"], train + test)
@@ -241,13 +241,14 @@ def test_the_stage_files_agree_with_each_other(judged):
 
 def quoted(judge: str, section: str) -> list[str]:
     """The cells of a judge's line in one of the README's tables."""
-    text = (ROOT / "README.md").read_text().split(f"<!-- {section} -->")[1]
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split(f"<!-- {section} -->")[1]
     line = next(
         line for line in text.splitlines() if line.startswith((f"| `{judge}` |", f"| {judge} |"))
     )
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
+@pytest.mark.slow
 def test_readme_quotes_what_is_computed(judged, pairs, graded):
     metrics = ("accuracy", "auc", "brier")
     for judge, line in with_intervals(
@@ -268,7 +269,9 @@ def test_readme_quotes_what_is_computed(judged, pairs, graded):
         if "city_held_out" in output.get("data", {}).get("text/plain", "")
     )
     figure = re.search(r"city_held_out\s+(\d+)\s+([\d.]+ \[[^]]+\])", held_out)
-    assert f"{figure[2]} on all {figure[1]} rows" in (ROOT / "README.md").read_text()
+    assert f"{figure[2]} on all {figure[1]} rows" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
     fair = next(
         output.text
         for cell in nbformat.read(NOTEBOOKS[2], 4).cells
@@ -276,10 +279,9 @@ def test_readme_quotes_what_is_computed(judged, pairs, graded):
         for output in cell.outputs
         if "overlap, acceptable above" in output.get("text", "")
     )
-    assert (
-        f"`overlap` reaches {re.search(r'overlap, .*accuracy ([0-9.]+)', fair)[1]})"
-        in (ROOT / "README.md").read_text()
-    )
+    assert f"`overlap` reaches {re.search(r'overlap, .*accuracy ([0-9.]+)', fair)[1]})" in (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8")
     table = with_intervals(
         pairwise_report(pairs[1], "teacher", PAIR_JUDGES), ("coverage", "agreement_overall")
     )
@@ -298,7 +300,7 @@ def test_readme_quotes_what_is_computed(judged, pairs, graded):
 def test_readme_lists_every_setting():
     listed = (
         (ROOT / "README.md")
-        .read_text()
+        .read_text(encoding="utf-8")
         .split("<!-- settings -->")[1]
         .split("\n\n")[1]
         .splitlines()[2:]
@@ -310,7 +312,7 @@ def test_readme_lists_every_setting():
 
 
 def test_the_data_card_counts_right(judged, pairs, graded):
-    card = (ROOT / "data" / "README.md").read_text()
+    card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     counts = [
         collections.Counter(
             call["model"] for call in CallLog(folder / "calls.jsonl", "replay").rows()
@@ -343,37 +345,44 @@ def test_a_notebook_is_fit_to_be_compared(path):
         assert len([line for line in lines if line.strip()]) <= 22 and max(map(len, lines)) <= 95, (
             cell.source
         )
-    assert not re.search(r"/(root|home|tmp|Users)/", path.read_text())
+    assert not re.search(r"/(root|home|tmp|Users)/", path.read_text(encoding="utf-8"))
 
 
-def test_a_reader_s_own_notebook_is_let_be(tmp_path, monkeypatch):
+def test_a_notebook_that_is_not_there_is_said(monkeypatch, capsys):
     from helpers import __main__ as command
 
-    (tmp_path / "Untitled.ipynb").write_text("{}")
-    (tmp_path / "04_more.ipynb").write_text("{}")
-    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path)
-    assert [path.name for path in command._paths([])] == ["04_more.ipynb"]
-    with pytest.raises(SystemExit, match="no notebook Untitled.ipynb; there are 04_more"):
-        command._paths(["Untitled"])
+    ran = []
+    monkeypatch.setattr(command, "run", lambda names, in_place: ran.append(names))
+    for given in ([], ["02_pairwise.ipynb"]):
+        monkeypatch.setattr(sys, "argv", ["helpers", "run", *given])
+        command.main()
+    assert ran == [[path.stem for path in NOTEBOOKS], ["02_pairwise"]]
+    monkeypatch.setattr(sys, "argv", ["helpers", "run", "Untitled"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "no notebook 'Untitled'; there are 01_correctness" in capsys.readouterr().err
 
 
-def test_importing_the_helpers_is_cheap_and_quiet():
-    program = (
-        "import logging, sys; import helpers; heavy = {'torch', 'sklearn', 'scipy', 'matplotlib', 'openai', "
-        "'llama_index.finetuning', 'sentence_transformers', 'transformers'} & set(sys.modules); "
-        "print(sorted(heavy), logging.getLogger().handlers)"
-    )
+def test_importing_the_helpers_is_cheap_and_quiet_and_leaves_pandas_as_it_is():
+    program = """
+import logging, sys
+import pandas as pd
+width = pd.get_option("display.width")
+import helpers
+heavy = {"torch", "sklearn", "scipy", "matplotlib", "openai", "llama_index.finetuning",
+         "sentence_transformers", "transformers"}
+print(sorted(heavy & set(sys.modules)), logging.getLogger().handlers)
+print(pd.get_option("display.width") == width)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "notebooks")}
     run = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", env=env
     )
-    assert run.stdout.strip() == "[] []" and not run.stderr
+    assert run.stdout.split("\n") == ["[] []", "True", ""] and not run.stderr
 
 
-LESSON = """settings rows wordings replies log embeddings generate judge student pairs finetune metrics
-grade_metrics pair_metrics report""".split()
+LESSON = """settings rows wordings replies log embeddings generate judge student pairs finetune
+metrics grade_metrics pair_metrics report""".split()
 LIVE = "budget models check collect documents embeddings finetuning published".split()
 HELPERS = ROOT / "notebooks" / "helpers"
 
@@ -402,24 +411,16 @@ def test_imports_point_back_up_the_list_and_the_lesson_never_imports_live():
 
 
 def test_imports_that_are_indented_are_seen(tmp_path):
-    (tmp_path / "a.py").write_text("def f():\n    if 1:\n        from .live.models import live\n")
+    (tmp_path / "a.py").write_text(
+        "def f():\n    if 1:\n        from .live.models import live\n", encoding="utf-8"
+    )
     assert list(imports_of(tmp_path / "a.py")) == [(1, "live")]
 
 
 def test_the_pins_are_in_the_lock():
-    lock = set((ROOT / "requirements.lock").read_text().splitlines())
-    pins = re.findall(r"^(\S+==\S+)", (ROOT / "requirements.txt").read_text(), re.M)
+    lock = set((ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines())
+    pins = re.findall(r"^(\S+==\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
     assert len(pins) > 15 and not [pin for pin in pins if pin not in lock]
-
-
-def test_importing_the_helpers_leaves_pandas_as_it_is():
-    program = (
-        "import pandas as pd; before = pd.get_option('display.width'); import helpers; "
-        "print(before == pd.get_option('display.width'))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "notebooks")}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
-    assert run.stdout.strip() == "True", run.stdout + run.stderr
 
 
 @pytest.mark.slow
@@ -430,6 +431,6 @@ def test_a_kernel_that_dies_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     notebook = nbformat.v4.new_notebook(cells=[cell])
     nbformat.write(notebook, tmp_path / "01_correctness.ipynb")
     monkeypatch.setattr(command, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(command, "BUILD", tmp_path / "build")
-    assert command.run([]) == 1
+    monkeypatch.setattr(command, "output_folder", lambda name: tmp_path)
+    assert command.run(["01_correctness"]) == 1
     assert "01_correctness.ipynb: stopped: its kernel died" in capsys.readouterr().err

@@ -15,9 +15,10 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.evaluation import CorrectnessEvaluator
 from llama_index.core.llms import MockLLM
 
-from helpers import CallLog, fill, finetuning_events, judge_rows, load_rows
+from helpers import CallLog, fill, finetuning_events, judge_rows, live, load_rows
+from helpers import __main__ as command
 from helpers.log import Collected, MissingCall, call_key, make_row, run_stage
-from helpers.settings import CallFailed
+from helpers.settings import CallFailed, RunStopped
 from helpers.student import LocalJudge
 
 
@@ -84,16 +85,15 @@ def test_samples_are_calls_of_their_own(path, rows):
 
 
 def test_a_live_model_is_made_only_when_it_is_needed(path, rows):
-    made = []
-
-    def make():
-        made.append(1)
-        return FakeLive()
-
-    judged(rows, CallLog(path, "record"), make)
-    judged(rows, CallLog(path, "record"), make)
-    judged(rows, CallLog(path, "replay"), make)
-    assert made == [1]
+    judged(rows, CallLog(path, "record"), FakeLive())
+    with pytest.raises(RunStopped, match="is the name of recorded calls"):
+        live("stand-in-teacher")()
+    for mode in ("record", "replay"):
+        judged(rows, CallLog(path, mode), live("stand-in-teacher"))
+    with pytest.raises(
+        TypeError, match="expected live\\(setting\\) or a LlamaIndex LLM, found str"
+    ):
+        CallLog(path).llm("m", "gpt-4.1")
     with pytest.raises(ValueError, match="needs a live model for 'm'"):
         judged(rows, CallLog(path.with_name("other.jsonl"), "record"), None)
 
@@ -190,6 +190,7 @@ def _record_in_child(path, asked, rows):
     os._exit(0)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork a process")
 @pytest.mark.parametrize("kill_at", range(1, 21))
 def test_sigkill_while_recording_loses_nothing_and_pays_nothing_twice(tmp_path, rows, kill_at):
     rows = [{**row, "question": f"{row['question']} {n}"} for n in range(2) for row in rows]
@@ -338,37 +339,16 @@ def test_fill_keeps_the_good_and_lists_the_rest(collected, path, tmp_path):
     assert len(CallLog(path, "replay")) == len(requests)
 
 
-def test_the_fill_command_ends_with_a_status(collected, tmp_path):
-    import subprocess
-    import sys
-
-    requests = load_rows(collected.requests_path)
-    write(tmp_path / "results.jsonl", results_of(requests)[:-1])
-    command = [
-        sys.executable,
-        "-m",
-        "helpers",
-        "fill",
-        str(collected.path),
-        str(tmp_path / "results.jsonl"),
-    ]
-    from conftest import ROOT
-
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
-    )
-    assert run.returncode == 1 and "11 answers added" in run.stdout and "no result" in run.stderr
-    write(tmp_path / "results.jsonl", results_of(requests))
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "notebooks")},
-    )
-    assert run.returncode == 0 and "1 answers added, 12 in all" in run.stdout
+def test_the_fill_command_ends_with_a_status(collected, tmp_path, monkeypatch, capsys):
+    requests, results = load_rows(collected.requests_path), tmp_path / "results.jsonl"
+    monkeypatch.setattr("sys.argv", ["helpers", "fill", str(collected.path), str(results)])
+    write(results, results_of(requests)[:-1])
+    assert command.main() == 1
+    said = capsys.readouterr()
+    assert "11 answers added" in said.out and "no result" in said.err
+    write(results, results_of(requests))
+    assert command.main() == 0
+    assert "1 answers added, 12 in all" in capsys.readouterr().out
 
 
 def test_the_real_openai_client_records_and_replays(path, rows, monkeypatch):
@@ -421,7 +401,7 @@ def test_the_real_openai_client_records_and_replays(path, rows, monkeypatch):
     assert [row["evaluations"][0]["score"] for row in done] == [4.5] * len(rows)
     first = load_rows(path)[0]
     assert first["usage"]["total_tokens"] == 105 and first["finish_reason"] == "stop"
-    assert "not-a-key" not in path.read_text()
+    assert "not-a-key" not in path.read_text(encoding="utf-8")
     assert judged(rows, CallLog(path, "replay"))[0] == done
 
 
@@ -431,7 +411,7 @@ def test_key_and_row_agree():
 
 
 def test_a_cell_that_is_interrupted_and_run_again_with_the_same_log_pays_nothing_twice(path, rows):
-    """Rows that were written while a flush was under way, and whose tasks were cancelled before the next."""
+    """Some rows are written while a flush is under way; their tasks end before the next flush."""
     log, live = CallLog(path, "record"), FakeLive()
     many = [{**row, "question": f"{row['question']} {i}"} for i in range(3) for row in rows]
 

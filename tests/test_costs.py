@@ -1,4 +1,4 @@
-"""What calls cost: prices, the budget, the check before a run, the table after it, the progress bar."""
+"""What calls cost: prices, the budget, the check before a run, the table after it."""
 
 import asyncio
 import io
@@ -25,10 +25,10 @@ from helpers.live.budget import (
     PROMPT_TOKENS,
     THINKING_TOKENS,
     Budget,
+    dollars_of,
     price_of,
     prompt_tokens,
     tokens_of,
-    training_price_of,
 )
 from helpers.live.check import unreachable
 from helpers.live.models import access
@@ -69,22 +69,17 @@ def paid(server, price=(2.0, 8.0)):
 
 
 def test_prices(monkeypatch):
-    assert (
-        price_of("gpt-4.1")
-        == price_of("gpt-4.1-2025-04-14")
-        == price_of("gpt-4.1@http://127.0.0.1:1/v1")
-        == (2.0, 8.0)
-    )
-    assert price_of("gpt-4.1-turbo") is price_of(
-        "ft:gpt-4.1-2025-04-14:org::id"
-    ) is None and price_of("local:any") == (0, 0)
+    for model in ("gpt-4.1", "gpt-4.1-2025-04-14", "gpt-4.1@http://127.0.0.1:1/v1"):
+        assert price_of(model) == (2.0, 8.0, 25.0)
+    for model in ("gpt-4.1-turbo", "ft:gpt-4.1-2025-04-14:org::id"):
+        assert all(map(math.isnan, price_of(model)))
+    assert price_of("local:any") == (0, 0, 0)
     monkeypatch.setenv("PRICES", "gpt-4.1=1/2, ft:gpt-4.1 = 3/4/5,org/m:free=0/0")
-    assert (
-        price_of("gpt-4.1") == (1, 2)
-        and price_of("ft:gpt-4.1-2025-04-14:org:soft-name:id") == (3, 4)
-        and price_of("hf:org/m:free") == (0, 0)
-    )
-    assert training_price_of("ft:gpt-4.1") == 5 and training_price_of("gpt-4.1") == 25
+    assert price_of("gpt-4.1") == (1, 2, 25)
+    assert price_of("ft:gpt-4.1-2025-04-14:org:soft-name:id") == (3, 4, 5)
+    assert price_of("hf:org/m:free")[:2] == (0, 0)
+    assert dollars_of("hf:org/m:free", 7, 7) == 0 and dollars_of("gpt-4.1", 1, 2, 3) == 80 / 1e6
+    assert math.isnan(dollars_of("hf:org/m:free", 7, 7, 1)), "of training it is not known"
     for wrong in ("gpt-4.1", "gpt-4.1=1", "=1/2", "gpt-4.1=1/two", "gpt-4.1=-1/2", "a=1/2/3/4"):
         monkeypatch.setenv("PRICES", wrong)
         with pytest.raises(ValueError, match='PRICES: .*expected "model=0.15/0.60"'):
@@ -100,7 +95,8 @@ def test_a_cap_in_calls_is_kept_to_the_call_and_goes_on_when_it_is_raised(
             monkeypatch.setenv("BUDGET_CALLS", str(cap))
             with pytest.raises(
                 RunStopped,
-                match=f"the budget of {cap} calls is used up.*raise the cap and run again.*{held} of 60 rows were done",
+                match=f"the budget of {cap} calls is used up.*raise the cap and run again.*"
+                f"{held} of 60 rows were done",
             ):
                 judged(many, path, server)
             assert len(load_rows(path)) == len(server.bodies) == held
@@ -127,16 +123,18 @@ def test_a_cap_in_money_holds_for_calls_under_way_too(many, tmp_path, monkeypatc
     with Server(delay=0.01) as server:
         with pytest.raises(
             RunStopped,
-            match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, the next may cost \$0.00",
+            match=r"the budget of \$0.02 does not allow another call: \$0.01\d+ is spent, "
+            r"and another call may cost \$0.00",
         ):
             judged(many, path, server)
         held, most = len(load_rows(path)), 0.02
         one = paid(server) / held
-        # Within the cap, and as near to it as the next call's most allows: calls under way were waited for.
+        # It waited for the calls under way. It stopped within the cap, where the next call could
+        # have gone beyond it.
         assert most - (one + MAX_TOKENS * 8 / 1e6) < paid(server) <= most and held == len(
             server.bodies
         )
-        # What the log holds counts: under the same cap not one more is asked, under a higher one the rest.
+        # What the log holds counts. The same cap allows no further call; a higher one, the rest.
         with pytest.raises(RunStopped):
             judged(many, path, server)
         assert len(server.bodies) == held
@@ -163,7 +161,7 @@ def test_a_cap_in_money_needs_a_price(rows, tmp_path, monkeypatch):
 
 
 def test_money_spent_by_a_persona_counts_from_the_start(rows, tmp_path, monkeypatch):
-    """In a new process the log says of its rows only the logged name; what it stands for is kept beside it."""
+    """Rows hold the logged name only; a file beside the log says which model it stands for."""
     path = tmp_path / "c.jsonl"
     with Server() as server:
         judged(rows, path, server, "gpt-4.1", logged="gpt-4.1-terse")
@@ -236,7 +234,7 @@ def test_tokens_that_nobody_reported_are_counted(tmp_path):
 
 
 def test_no_prompt_of_the_notebooks_is_longer_than_the_bound():
-    """The shortest prompt of a role holds its instructions; to it come, at most, the texts that models wrote and chunks of 256 tokens."""
+    """The longest prompt is the shortest of its role, with models' texts and chunks added."""
     more = {"teacher": (3, 1), "question-writer": (1, 1), "answerer": (1, 2)}  # texts, chunks
     for part in ("correctness", "pairwise", "single_grading"):
         prompts = {role: [] for role in more}

@@ -65,8 +65,8 @@ class Live(BaseReader):
     def __init__(self):
         self.asked = []
 
-    def load_data(self, pages, **kwargs):
-        self.asked.append((pages, kwargs))
+    def load_data(self, pages):
+        self.asked.append(pages)
         return [Document(text=f"All about {pages[0]}.")]
 
 
@@ -75,12 +75,9 @@ def test_a_live_reader_is_asked_once_and_its_pages_are_frozen(monkeypatch, tmp_p
     monkeypatch.setenv("JUDGE_MODE", "record")
     live = Live()
     for _ in range(2):
-        documents = SnapshotReader(live).load_data(pages=["Oslo", "Bergen"], auto_suggest=False)
+        documents = SnapshotReader(live).load_data(pages=["Oslo", "Bergen"])
     assert [document.text for document in documents] == ["All about Oslo.", "All about Bergen."]
-    assert live.asked == [
-        (["Oslo"], {"auto_suggest": False}),
-        (["Bergen"], {"auto_suggest": False}),
-    ]
+    assert live.asked == [["Oslo"], ["Bergen"]]
     monkeypatch.setenv("JUDGE_MODE", "replay")
     assert SnapshotReader(live).load_data(pages=["Oslo"])[0].text == "All about Oslo."
     with pytest.raises(FileNotFoundError, match="no page 'Trondheim'"):
@@ -91,10 +88,9 @@ def test_a_live_reader_is_asked_once_and_its_pages_are_frozen(monkeypatch, tmp_p
 def test_a_snapshot_without_documents_uses_the_bundled_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("SNAPSHOT", str(tmp_path))
     monkeypatch.setenv("JUDGE_MODE", "record")
-    assert (
-        SnapshotReader().load_data(pages=["History of Tokyo"])[0].text
-        == (DATA / "documents" / "History_of_Tokyo.txt").read_text()
-    )
+    assert SnapshotReader().load_data(pages=["History of Tokyo"])[0].text == (
+        DATA / "documents" / "History_of_Tokyo.txt"
+    ).read_text(encoding="utf-8")
 
 
 def nodes():
@@ -180,8 +176,9 @@ def test_each_engine_answers_its_question(tmp_path):
         asyncio.run(answer_questions(pairs, engines[:2]))
 
 
+@pytest.mark.slow
 def test_the_bundled_vectors_are_those_of_the_encoder_here():
-    """Of texts of the bundled rows: what replay takes from the file is what the encoder says, to half precision."""
+    """The vectors that a replay takes from the file are the encoder's, to half precision."""
     rows = load_rows(DATA / "single_grading" / "test_qa.jsonl")[::9]
     texts = [
         text
@@ -193,6 +190,7 @@ def test_the_bundled_vectors_are_those_of_the_encoder_here():
     assert np.allclose([stored[embeddings._digest(text)] for text in texts], encoded, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_the_encoder_is_loaded_only_for_a_text_that_is_not_there(monkeypatch, tmp_path):
     known = load_rows(DATA / "single_grading" / "test_qa.jsonl")[0]["question"]
     fresh = embeddings.LocalEmbedding()

@@ -39,6 +39,7 @@ def events(tmp_path, rows):
     return asyncio.run(go())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_sequential_run_writes_what_llama_index_s_handler_writes(tmp_path, rows):
     import logging
@@ -78,7 +79,8 @@ def test_what_runs_outside_the_block_leaves_no_event(tmp_path, rows, events):
         (lambda e: e.__delitem__(slice(9, None)), "x.jsonl: 9 examples, expected at least 10"),
         (
             lambda e: e[4]["messages"].pop(0),
-            r"line 5: expected messages of the roles system, user, assistant; found \['user', 'assistant'\]",
+            r"line 5: expected messages of the roles system, user, assistant; "
+            r"found \['user', 'assistant'\]",
         ),
         (lambda e: e[11]["messages"].pop(), "line 12: expected messages"),
         (lambda e: e[2].pop("messages"), "line 3: expected messages .* found None"),
@@ -100,7 +102,9 @@ def test_what_runs_outside_the_block_leaves_no_event(tmp_path, rows, events):
 )
 def test_a_bad_fine_tuning_file_says_which_line(tmp_path, events, change, said):
     change(events)
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in events), encoding="utf-8"
+    )
     with pytest.raises(DamagedFile, match=said):
         LocalFinetuneEngine("minilm", tmp_path / "x.jsonl").finetune()
 
@@ -113,13 +117,13 @@ def test_tokens_and_cost(monkeypatch):
     }
     assert count_tokens([event] * 2) == [3 + 3 * (3 + 1 + 2)] * 2
     monkeypatch.setenv("PRICES", "gpt-4.1=2/8/99")
-    cost = training_cost([event] * 1000, epochs=3)
+    cost = training_cost([event] * 1000)
     assert cost.loc["gpt-4.1", "$ per million"] == 99
     assert cost.loc["gpt-4o-mini", "tokens"] == 63_000
     assert cost.loc["gpt-4o-mini", "$"] == pytest.approx(63_000 * 3 / 1e6, abs=0.01)
 
 
-def test_the_engine_has_the_face_of_openai_s(tmp_path, rows):
+def test_the_engine_has_the_face_of_openai_s(tmp_path):
     chats = load_rows(DATA / "correctness" / "correction_finetuning_events.jsonl")[:20]
     save_events(tmp_path / "x.jsonl", chats)
     engine = LocalFinetuneEngine(base_model="minilm", data_path=tmp_path / "x.jsonl", alpha=1.0)
@@ -133,10 +137,11 @@ def test_the_engine_has_the_face_of_openai_s(tmp_path, rows):
         len(chats),
         "x.jsonl",
     )
+    rows = load_rows(DATA / "correctness" / "test_qa.jsonl")[:12]  # they need no encoder
     done = asyncio.run(
         judge_rows(rows, CorrectnessEvaluator(llm=engine.get_finetuned_model()), name="student")
     )
-    assert all(1 <= row["evaluations"][0]["score"] <= 5 for row in done)
+    assert all(1 <= row["evaluations"][-1]["score"] <= 5 for row in done)
     with pytest.raises(ValueError, match="'gpt-4'"):
         LocalFinetuneEngine("gpt-4", tmp_path / "x.jsonl")
 

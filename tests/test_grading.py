@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -48,7 +49,10 @@ from helpers.rows import DATA, DamagedFile
 from helpers.student import LocalJudge, read_prompt
 
 BUNDLED = DATA / "single_grading"
-CONTEXT = "The bridge opened in 1937. Joseph Strauss was its engineer. It is painted orange. Fog is common there."
+CONTEXT = (
+    "The bridge opened in 1937. Joseph Strauss was its engineer. It is painted orange. "
+    "Fog is common there."
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,7 +128,7 @@ def test_rows_are_graded_on_the_context_and_anything_unreadable_is_invalid(gradi
 
 def test_exactly_the_threshold_is_not_acceptable(grading_rows):
     for reply, scale in (("0.8", 1), ("80", 100), ("80 %", 1), ("0.80", 1)):
-        [row] = judged(grading_rows[:1], Graded(lambda *item: reply), scale=scale)
+        [row] = judged(grading_rows[:1], Graded(lambda *item, said=reply: said), scale=scale)
         assert (
             row["evaluations"][0]["acceptable"] is False and row["evaluations"][0]["score"] == 0.8
         )
@@ -391,6 +395,7 @@ def test_each_generator_answers_each_question_from_its_own_chunk():
         asyncio.run(answer_in_context([pairs[0], {"question": "Why?"}], [("b", FakeLive())]))
 
 
+@pytest.mark.slow
 def test_the_extractive_answerer_quotes_the_nearest_sentences_in_their_order():
     pair = {
         "question": "Who was the engineer of the bridge, and when did it open?",
@@ -429,8 +434,9 @@ def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path, monkeypatch):
-    """A real HuggingFaceLLM, with a tiny random model: what it says is nonsense, and it is logged and replayed."""
+    """A real HuggingFaceLLM with a tiny random model: its nonsense is logged and replayed."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -586,25 +592,6 @@ def test_the_student_beats_what_learns_nothing(bundled, trained):
             )
 
 
-def test_float_noise_of_another_machine_moves_no_decision(bundled, trained, monkeypatch):
-    items, noise, embed = items_of(bundled[1]), np.random.default_rng(0), student_module.embed
-    monkeypatch.setattr(
-        student_module,
-        "embed",
-        lambda texts: embed(texts) + noise.normal(scale=1e-7, size=(len(texts), 384)),
-    )
-    moved = Student.fit(*bundled[0])
-    assert moved.kinds == trained.kinds
-
-    def decisions(student):
-        return [
-            lower_median(dict(zip(student.labels.tolist(), p)))
-            for p in student.probabilities(items).tolist()
-        ]
-
-    assert decisions(moved) == decisions(trained)
-
-
 def test_cross_validation_keeps_a_question_together(bundled):
     items = bundled[0][0]
     held = np.zeros(len(items), dtype=int)
@@ -616,6 +603,7 @@ def test_cross_validation_keeps_a_question_together(bundled):
     assert (held == 1).all()
 
 
+@pytest.mark.slow
 def test_the_engine_reads_several_replies_to_a_prompt_as_a_distribution(tmp_path, bundled):
     """The file's samples give the same student, to the bit, as the rows' distributions."""
     items, scores, soft = bundled[0]
@@ -642,7 +630,7 @@ def test_the_engine_reads_several_replies_to_a_prompt_as_a_distribution(tmp_path
         "minilm", tmp_path / "shuffled.jsonl", alpha=0.5, temperature=2.0, scale=(0, 1)
     )
     shuffled.finetune()
-    # In another order the folds are others, so the choice may be; the labels, hard and soft, are the same.
+    # Another order makes other folds, which may choose otherwise. The labels stay the same.
     assert shuffled.student.labels.tolist() == direct.labels.tolist()
     with pytest.raises(
         DamagedFile, match="line 1: cannot learn from the reply: score 0.* is outside 1 to 5"
@@ -678,8 +666,8 @@ def test_what_cannot_be_learnt_is_refused(change, said):
         Student.fit(**settings)
 
 
+@pytest.mark.slow
 def test_a_text_too_long_for_the_encoder_is_judged_and_said_once(recwarn):
-    embeddings._say_too_long.cache_clear()
     long = "The bridge opened in 1937 after four years of work. " * 60
     judge = untrained_judges(0.5, 0, 1)["base"]
     rows = [
@@ -739,7 +727,11 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     assert whole.loc["teacher's calls a row", "pairwise"] == "2" and len(chats) == 2 * int(
         whole.loc["rows to learn from", "pairwise"]
     )
-    (tmp_path / "pairwise").symlink_to(DATA / "pairwise")
+    shutil.copytree(DATA / "pairwise", tmp_path / "pairwise")
+    # A run that was stopped has written some of a design's files, not all.
+    (tmp_path / "single_grading").mkdir()
+    for file in ("test_qa_complete.jsonl", "single_grading_finetuning_events.jsonl"):
+        shutil.copy(DATA / "single_grading" / file, tmp_path / "single_grading" / file)
     assert list(compare_designs(tmp_path)) == ["pairwise"]
     # Where every answer is the same, no trivial judge has a correlation: a dash, and no error.
     (tmp_path / "correctness").mkdir()
@@ -755,7 +747,7 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     ]
     save_rows(tmp_path / "correctness" / "test_qa_complete.jsonl", same)
     for file in ("train_qa.jsonl", "correction_finetuning_events.jsonl"):
-        (tmp_path / "correctness" / file).symlink_to(DATA / "correctness" / file)
+        shutil.copy(DATA / "correctness" / file, tmp_path / "correctness")
     assert compare_designs(tmp_path).loc["best trivial judge", "correctness"] == "– (overlap)"
 
 
@@ -818,13 +810,16 @@ def test_a_grade_that_was_cut_off_is_invalid_for_whoever_asks(tmp_path):
 
 
 def test_more_judges_than_colours_are_refused(grading_rows):
+    import matplotlib.pyplot as plt
+
     rows = judged(grading_rows, Graded(lambda *item: 0.5))
     with pytest.raises(ValueError, match="4 judges: expected 3 at most"):
         plot_probabilities(rows, "t", ["t"] * 4)
+    assert not plt.get_fignums(), "a figure is left open"
 
 
 def test_a_ranking_is_compared_whatever_the_scale():
-    """A judge that says a tenth of what another says ranks the same, and is as likely to be ahead by chance."""
+    """A judge that says a tenth of what another says ranks the rows in the same way."""
     rng, rows = np.random.default_rng(0), []
     for i in range(64):
         truth = float(rng.random() < 0.5)

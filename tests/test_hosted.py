@@ -1,4 +1,4 @@
-"""Fine-tuning a hosted student through llama-index-finetuning's engine, against the loopback server with OpenAI's own client."""
+"""Fine-tuning a hosted student, against the loopback server with OpenAI's own client."""
 
 import asyncio
 import json
@@ -10,7 +10,6 @@ from server import Server, answer
 from helpers import CallLog, cost_table, hosted_students, judge_rows, load_rows, save_events
 from helpers.live import models
 from helpers.live.budget import Budget
-from helpers.live.finetuning import FinetuningFailed, HostedFinetuneEngine
 from helpers.rows import DamagedFile
 from helpers.settings import RunStopped
 
@@ -43,57 +42,41 @@ def chats(tmp_path):
     return path
 
 
-def engine(server, chats, **settings):
-    return HostedFinetuneEngine(f"gpt-4.1-mini@{server.url}", chats, **settings)
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "snapshot" / "calls.jsonl"
 
 
-def test_a_job_goes_its_way_and_its_model_judges(chats, tmp_path, rows, capsys):
+def students(server, chats, path):
+    return hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
+
+
+def test_a_job_goes_its_way_and_its_model_judges(chats, path, rows, capsys):
     with Server() as server:
-        tuned = engine(
-            server,
-            chats,
-            suffix="judge",
-            seed=7,
-            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
-        )
-        tuned.finetune()
-        with pytest.raises(ValueError, match="is 'queued': call wait"):
-            tuned.get_finetuned_model()
-        assert tuned.wait().status == "succeeded"
+        tuned = students(server, chats, path)["hosted"]
         [(id, job)] = server.jobs.items()
-        assert (job["suffix"], job["seed"], job["model"]) == ("judge", 7, "gpt-4.1-mini")
+        assert job["model"] == "gpt-4.1-mini"
         assert job["method"] == {
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 2}},
+            "supervised": {"hyperparameters": {"n_epochs": 3}},
         }
         assert server.files[job["training_file"]] == chats.read_bytes()
-        log = CallLog(tmp_path / "c.jsonl")
-        judge = CorrectnessEvaluator(llm=log.llm("ft", tuned.get_finetuned_model()))
-        assert all(
-            row["evaluations"][0]["score"] for row in asyncio.run(judge_rows(rows, judge, name="t"))
-        )
-        assert {body["model"] for body in server.bodies} == {f"ft:gpt-4.1-mini:org:soft-judge:{id}"}
-    said = capsys.readouterr().out
-    assert [line.split(": ")[-1] for line in said.splitlines()] == [
-        "started",
-        "running",
-        "succeeded",
-    ]
+        done = asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=tuned), name="t"))
+        assert all(row["evaluations"][0]["score"] for row in done)
+        assert {body["model"] for body in server.bodies} == {f"ft:gpt-4.1-mini:org:soft-name:{id}"}
+    assert statuses(capsys) == ["started", "queued", "running", "succeeded"]
 
 
-def test_waiting_shows_each_status_once(chats, capsys):
-    with Server(
-        job=("validating_files", "queued", "queued", "queued", "running", "running", "succeeded")
-    ) as server:
-        tuned = engine(server, chats)
-        tuned.finetune()
-        tuned.wait()
-    assert [line.split(": ")[-1] for line in capsys.readouterr().out.splitlines()] == [
-        "started",
-        "queued",
-        "running",
-        "succeeded",
-    ]
+def statuses(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    return [line.split(": ")[-1] for line in lines if line.startswith("fine-tuning job")]
+
+
+def test_waiting_shows_each_status_once(chats, path, capsys):
+    states = ("validating_files", "queued", "queued", "queued", "running", "running", "succeeded")
+    with Server(job=states) as server:
+        students(server, chats, path)
+    assert statuses(capsys) == ["started", "queued", "running", "succeeded"]
 
 
 @pytest.mark.parametrize(
@@ -104,42 +87,35 @@ def test_waiting_shows_each_status_once(chats, capsys):
         (404, "The model does not exist"),
     ],
 )
-def test_a_refusal_raises_at_once_with_the_services_words_and_the_way_out(chats, status, message):
-    with Server(
-        gate=lambda method, path, before: (
-            answer(status, message) if (method, path) == CREATED else None
-        )
-    ) as server:
-        with pytest.raises(FinetuningFailed) as failed:
-            engine(server, chats).finetune()
+def test_a_refusal_raises_at_once_with_the_services_words_and_the_way_out(
+    chats, path, status, message
+):
+    with Server(gate=gate_of_creation(lambda before: answer(status, message))) as server:
+        with pytest.raises(RunStopped) as failed:
+            students(server, chats, path)
         assert server.requests.count(CREATED) == 1
     said = str(failed.value)
-    assert (
-        message in said
-        and "none from accounts that had none before" in said
-        and "LocalFinetuneEngine" in said
-    )
+    assert message in said
+    assert "none from accounts that had none before" in said and "LocalFinetuneEngine" in said
 
 
 def gate_of_creation(fault):
     return lambda method, path, before: fault(before) if (method, path) == CREATED else None
 
 
-def test_a_job_that_is_refused_for_a_while_is_started_once(chats):
+def test_a_job_that_is_refused_for_a_while_is_started_once(chats, path):
     refusing = gate_of_creation(lambda before: answer(500, "Sorry") if before < 2 else None)
     with Server(gate=refusing) as server:
-        tuned = engine(server, chats)
-        tuned.finetune()
+        assert "hosted" in students(server, chats, path)
         assert len(server.jobs) == 1 and server.requests.count(CREATED) == 3
-        assert tuned.wait().status == "succeeded"
 
 
-def test_a_job_whose_reply_is_lost_is_not_started_again_unseen(chats):
+def test_a_job_whose_reply_is_lost_is_not_started_again_unseen(chats, path):
     with Server(gate=gate_of_creation(lambda before: "lost" if before < 1 else None)) as server:
         with pytest.raises(
             RunStopped, match="may or may not have been started.*or it will be paid"
         ):
-            engine(server, chats).finetune()
+            students(server, chats, path)
         assert len(server.jobs) == server.requests.count(CREATED) == 1
 
 
@@ -150,59 +126,35 @@ def test_a_job_whose_reply_is_lost_is_not_started_again_unseen(chats):
         ("cancelled", "ftjob-1 was cancelled"),
     ],
 )
-def test_a_job_that_fails_says_why(chats, last, said):
+def test_a_job_that_fails_says_why(chats, path, last, said):
     with Server(job=("queued", "running", last)) as server:
-        tuned = engine(server, chats)
-        tuned.finetune()
-        assert tuned.wait().status == last
-        with pytest.raises(FinetuningFailed, match=said):
-            tuned.get_finetuned_model()
+        with pytest.raises(RunStopped, match=said):
+            students(server, chats, path)
 
 
-def test_a_job_that_never_ends_is_left_and_picked_up_by_its_id(chats, monkeypatch):
-    monkeypatch.setenv("FINETUNING_HOURS", "0.00003")
-    with Server(job=("queued", "running")) as server:
-        tuned = engine(server, chats)
-        tuned.finetune()
-        with pytest.raises(
-            RunStopped, match=r"ftjob-1 is 'running' after 3e-05 hours.*run again to wait for it"
-        ) as stopped:
-            tuned.wait()
-        assert not isinstance(stopped.value, FinetuningFailed)
-        server.job = ("running", "succeeded")
-        assert (
-            engine(server, chats, start_job_id="ftjob-1").wait().fine_tuned_model
-            and len(server.jobs) == 1
-        )
-        with pytest.raises(FinetuningFailed, match="Could not find fine tune: ftjob-9"):
-            engine(server, chats, start_job_id="ftjob-9").wait()
-
-
-def test_a_bad_file_is_not_uploaded(chats, tmp_path):
+def test_a_bad_file_is_not_uploaded(chats, path, tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text(chats.read_text().replace('"assistant"', '"user"', 1))
+    bad.write_text(
+        chats.read_text(encoding="utf-8").replace('"assistant"', '"user"', 1), encoding="utf-8"
+    )
     with Server() as server:
         with pytest.raises(DamagedFile, match="bad.jsonl, line 1: expected messages of the roles"):
-            engine(server, bad).finetune()
+            students(server, bad, path)
         assert not server.requests
 
 
-def test_one_base_url_setting_reaches_the_fine_tuning_client(chats, monkeypatch):
+def test_one_base_url_setting_reaches_the_fine_tuning_client(chats, tmp_path, monkeypatch):
     for name in ("OPENAI_API_BASE", "OPENAI_BASE_URL"):
         with Server() as server:
             monkeypatch.setenv(name, server.url)
-            tuned = HostedFinetuneEngine("gpt-4.1-mini", chats)
-            tuned.finetune()
-            assert (
-                tuned.wait()
-                and tuned.get_finetuned_model().api_base == server.url
-                and len(server.jobs) == 1
-            )
+            log = CallLog(tmp_path / name / "calls.jsonl")
+            tuned = hosted_students("gpt-4.1-mini", chats, log)["hosted"]
+            assert tuned.complete("Who?").text and len(server.jobs) == len(server.bodies) == 1
             monkeypatch.delenv(name)
 
 
 def test_students_are_started_once_picked_up_and_replayed(
-    chats, tmp_path, rows, monkeypatch, capsys
+    chats, tmp_path, rows, monkeypatch, capsys, path
 ):
     def judged(log, model):
         students, done = hosted_students(model, chats, log), rows[:2]
@@ -210,14 +162,13 @@ def test_students_are_started_once_picked_up_and_replayed(
             done = asyncio.run(judge_rows(done, CorrectnessEvaluator(llm=llm), name=name))
         return done
 
-    path = tmp_path / "snapshot" / "calls.jsonl"
     assert hosted_students("minilm", chats, CallLog(path)) == {}
     with Server(job=("queued", "running")) as server:
         model = f"gpt-4.1-mini@{server.url}"
         monkeypatch.setenv("FINETUNING_HOURS", "0.00001")
-        with pytest.raises(RunStopped, match="run again to wait for it"):
+        with pytest.raises(RunStopped, match="ftjob-1 is 'running' after 1e-05 hours.*run again"):
             hosted_students(model, chats, CallLog(path))
-        note = json.loads(path.with_name("finetuning_job.json").read_text())
+        note = json.loads(path.with_name("finetuning_job.json").read_text(encoding="utf-8"))
         assert note["id"] == "ftjob-1" and note["fine_tuned_model"] is None, (
             "the job is noted before it is waited for"
         )
@@ -250,8 +201,7 @@ def test_students_are_started_once_picked_up_and_replayed(
         hosted_students("gpt-4.1-mini", chats, CallLog(tmp_path / "other" / "calls.jsonl"))
 
 
-def test_a_job_is_waited_for_again_after_an_interruption(chats, tmp_path, monkeypatch):
-    path = tmp_path / "snapshot" / "calls.jsonl"
+def test_a_job_is_waited_for_again_after_an_interruption(chats, monkeypatch, path):
 
     def interrupted(seconds):
         raise KeyboardInterrupt
@@ -265,8 +215,7 @@ def test_a_job_is_waited_for_again_after_an_interruption(chats, tmp_path, monkey
         assert "hosted" in hosted_students(model, chats, CallLog(path)) and len(server.jobs) == 1
 
 
-def test_a_job_that_could_not_be_started_is_started_by_the_next_run(chats, tmp_path):
-    path = tmp_path / "snapshot" / "calls.jsonl"
+def test_a_job_that_could_not_be_started_is_started_by_the_next_run(chats, path):
     with Server(gate=gate_of_creation(lambda before: answer(503, "Sorry"))) as server:
         model = f"gpt-4.1-mini@{server.url}"
         with pytest.raises(RunStopped, match="Run again to go on"):
@@ -275,55 +224,59 @@ def test_a_job_that_could_not_be_started_is_started_by_the_next_run(chats, tmp_p
         assert "hosted" in hosted_students(model, chats, CallLog(path)) and len(server.jobs) == 1
 
 
-def test_a_service_that_is_gone_while_we_wait_is_looked_for_again(chats, capsys):
+def test_a_service_that_is_gone_while_we_wait_is_looked_for_again(chats, path, capsys):
     with Server(
         gate=lambda method, path, before: (
             answer(503, "Sorry") if "ftjob" in path and before < 8 else None
         )
     ) as server:
-        tuned = engine(server, chats)
-        tuned.finetune()
-        assert tuned.wait().status == "succeeded"
+        assert "hosted" in students(server, chats, path)
     assert "not seen (InternalServerError" in capsys.readouterr().out
 
 
-def test_a_job_of_another_account_is_named_with_its_note(chats, tmp_path):
-    path = tmp_path / "snapshot" / "calls.jsonl"
+def test_a_job_of_another_account_is_named_with_its_note(chats, path):
     with Server() as server:
         hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
         note = path.with_name("finetuning_job.json")
-        note.write_text(json.dumps({**json.loads(note.read_text()), "fine_tuned_model": None}))
+        note.write_text(
+            json.dumps({**json.loads(note.read_text(encoding="utf-8")), "fine_tuned_model": None}),
+            encoding="utf-8",
+        )
         server.jobs.clear()
         with pytest.raises(
-            FinetuningFailed,
-            match="ftjob-1 is not known to this account.*Delete .*finetuning_job.json to start a new one",
+            RunStopped,
+            match="ftjob-1 is not known to this account.*"
+            "Delete .*finetuning_job.json to start a new one",
         ):
             hosted_students(f"gpt-4.1-mini@{server.url}", chats, CallLog(path))
 
 
-def test_a_refused_job_is_not_in_the_bill(chats, tmp_path, monkeypatch):
+def test_a_refused_job_is_not_in_the_bill(chats, path, monkeypatch):
     monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
-    log = CallLog(tmp_path / "snapshot" / "calls.jsonl")
+    log = CallLog(path)
     with Server(
         gate=lambda method, path, before: (
             answer(403, "Not for you") if (method, path) == CREATED else None
         )
     ) as server:
-        with pytest.raises(FinetuningFailed, match="Not for you"):
+        with pytest.raises(RunStopped, match="Not for you"):
             hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
     assert Budget.of(log).spent() == Budget.of(CallLog(log.path)).spent() == 0
 
 
-def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, tmp_path, monkeypatch):
+def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, path, monkeypatch):
     monkeypatch.setenv("PRICES", "gpt-4.1-mini=0.4/1.6/5")
-    path, paid = tmp_path / "snapshot" / "calls.jsonl", 0
+    paid = 0
     with Server() as server:
         for i, last in enumerate(("succeeded", "failed", "succeeded")):
             server.job = ("running", last)
-            chats.write_text(chats.read_text().replace(f"Row {i}.", f"Row number {i}."))
+            chats.write_text(
+                chats.read_text(encoding="utf-8").replace(f"Row {i}.", f"Row number {i}."),
+                encoding="utf-8",
+            )
             log = CallLog(path)
             if last == "failed":
-                with pytest.raises(FinetuningFailed):
+                with pytest.raises(RunStopped):
                     hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
             else:
                 hosted_students(f"gpt-4.1-mini@{server.url}", chats, log)
@@ -339,17 +292,18 @@ def test_every_job_is_in_the_bill_and_a_failed_one_is_not(chats, tmp_path, monke
         } == {3}
 
 
-def test_another_file_is_another_job_and_a_failed_one_is_not_waited_for_again(chats, tmp_path):
-    path = tmp_path / "snapshot" / "calls.jsonl"
+def test_another_file_is_another_job_and_a_failed_one_is_not_waited_for_again(chats, path):
     with Server(job=("running", "failed")) as server:
         model = f"gpt-4.1-mini@{server.url}"
-        with pytest.raises(FinetuningFailed):
+        with pytest.raises(RunStopped):
             hosted_students(model, chats, CallLog(path))
         server.job = ("running", "succeeded")
         for jobs in (2, 2):
             hosted_students(model, chats, CallLog(path))
             assert len(server.jobs) == jobs
-        chats.write_text(chats.read_text().replace("Row 1.", "Row one."))
+        chats.write_text(
+            chats.read_text(encoding="utf-8").replace("Row 1.", "Row one."), encoding="utf-8"
+        )
         assert "ftjob-3" in hosted_students(model, chats, CallLog(path))["hosted"].model_name
         hosted_students(f"gpt-4.1@{server.url}", chats, CallLog(path))
         assert len(server.jobs) == 4

@@ -41,7 +41,7 @@ def test_the_figures_are_those_of_scipy_and_scikit_learn():
         == pytest.approx(np.corrcoef(x, y)[0, 1])
     )
     assert report["spearman"] == pytest.approx(spearmanr(x, y).statistic)
-    categories = dict(labels=np.arange(2, 11), weights="quadratic")
+    categories = {"labels": np.arange(2, 11), "weights": "quadratic"}
     assert report["kappa"] == pytest.approx(
         cohen_kappa_score((2 * x).astype(int), (2 * y).astype(int), **categories)
     )
@@ -105,13 +105,14 @@ def test_rows_without_a_document_stand_alone():
     assert low % 8 == high % 8 == 0 and np.isfinite(low_alone) and (low_alone % 8 or high_alone % 8)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_about_as_often_as_it_says():
     """Coverage of the 95 % interval for a mean, over 150 draws of 20 independent documents."""
     rng = np.random.default_rng(0)
     hits = 0
-    for _ in range(150):
-        values = rng.normal(size=20)
-        low, high = interval([{"document": i} for i in range(20)], lambda at: values[at].mean())
+    for values in rng.normal(size=(150, 20)):
+        rows = [{"document": i} for i in range(20)]
+        low, high = interval(rows, lambda at, values=values: values[at].mean())
         hits += low <= 0 <= high
     assert 0.86 <= hits / 150 <= 0.99
 
@@ -125,6 +126,7 @@ def test_a_missing_or_double_judgement_is_an_error():
         scores_of(rows, "teacher")
 
 
+@pytest.mark.slow
 def test_the_paired_test_sees_what_is_there_and_not_what_is_not():
     better = compare_students(judged(documents=10, good=0.4, bad=1.5), "teacher", "good", "bad")
     assert (better["p"] < 0.01).all() and better.loc["mae", "high"] < 0 < better.loc[
@@ -139,6 +141,11 @@ def test_the_paired_test_sees_what_is_there_and_not_what_is_not():
     assert np.mean(np.array(ps) < 0.05) <= 0.25 and np.mean(ps) > 0.25
     same = compare_students(judged(documents=10, a=0, b=0), "teacher", "a", "b")
     assert (same["difference"] == 0).all() and (same["p"] == 1).all()
+
+
+def test_a_judge_is_not_compared_with_itself():
+    with pytest.raises(ValueError, match="'a' is compared with itself"):
+        compare_students(judged(a=1), "teacher", "a", "a")
 
 
 def test_swapping_the_students_turns_the_difference():

@@ -340,6 +340,9 @@ class Says(FakeLive):
         text, places = self.__dict__["said"]
         return ChatResponse(message=ChatMessage(role="assistant", content=text), logprobs=places)
 
+    async def achat(self, messages, **kwargs):
+        return self.chat(messages)
+
 
 def graded(llm, tmp_path=None):
     if tmp_path:

@@ -33,7 +33,7 @@ def path(tmp_path):
 
 
 def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -78,7 +78,7 @@ def test_what_was_appended_is_there_after_reopening(path):
 def test_the_first_answer_to_a_key_stays(path):
     log = CallLog(path, "record")
     assert log.append(make_row(call(1), "another"))["response"] == "response 1"
-    assert len(path.read_text().splitlines()) == 3
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_a_torn_last_line_is_dropped_and_said_wherever_it_was_cut(path):
@@ -189,7 +189,7 @@ def test_a_closed_log_lets_another_write(path):
 def test_a_damaged_row_names_file_line_and_what_was_expected(path, change, said):
     rows = lines(path)
     change(rows[1])
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(DamagedFile, match=f"calls.jsonl, line 2: .*{re.escape(said)}"):
         CallLog(path, "replay")
 
@@ -232,7 +232,9 @@ def test_replay_leaves_the_folder_alone(path):
 def test_opening_keeps_an_index_only(tmp_path):
     big = CallLog(tmp_path / "calls.jsonl", "record")
     rows = [make_row(call(i), "x" * 5000) for i in range(400)]
-    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "calls.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     del big, rows
     tracemalloc.start()
     log = CallLog(tmp_path / "calls.jsonl", "replay")
@@ -275,7 +277,7 @@ def test_a_text_is_on_disk_when_it_is_written_and_two_writers_do_not_mix(tmp_pat
         thread.start()
     for thread in threads:
         thread.join()
-    assert path.read_text() in texts and len(synced) == 4
+    assert path.read_text(encoding="utf-8") in texts and len(synced) == 4
     assert [one.name for one in tmp_path.iterdir()] == ["note.json"], "a draft was left"
 
 

@@ -9,11 +9,9 @@ from llama_index.core.evaluation import CorrectnessEvaluator
 from scipy.special import softmax
 
 from helpers import Student, distillation_loss, items_of, load_rows, scores_of, untrained_judges
-from helpers import student as module
-from helpers.embeddings import embed
 from helpers.pairs import answer_features
 from helpers.rows import DATA
-from helpers.student import LocalJudge, fit_head, lexical_features, read_prompt
+from helpers.student import WORD, LocalJudge, fit_head, lexical_features, read_prompt
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +99,6 @@ def test_saved_and_loaded_it_judges_the_same(bundled, trained, tmp_path):
         assert sorted(file.files) == ["kinds", "labels", "mean", "scale", "weights"]
 
 
-def test_float_noise_of_another_machine_moves_no_verdict(bundled, trained, monkeypatch):
-    items = bundled[1][0]
-    noise = np.random.default_rng(0)
-    monkeypatch.setattr(
-        module,
-        "embed",
-        lambda texts: embed(texts) + noise.normal(scale=1e-7, size=(len(texts), 384)),
-    )
-    moved = Student.fit(*bundled[0])
-    assert moved.kinds == trained.kinds
-    assert (moved.scores(items) == trained.scores(items)).all()
-
-
 def test_judging_one_by_one_is_judging_in_a_batch(bundled, trained):
     items = bundled[1][0][:10]
     evaluator = CorrectnessEvaluator(llm=trained.llm())
@@ -132,13 +117,14 @@ def test_it_has_learnt_something(bundled, trained):
         assert error < np.abs([judge._judge(item)[0] for item in items] - truth).mean(), name
 
 
-def test_the_untrained_judges():
+def test_the_untrained_judges(bundled):
     judges = untrained_judges(3.5)
-    item = ("Who?", "It was Ada Lovelace.", "It was Ada Lovelace.")
+    same = bundled[0][0][0][1]  # its vector is bundled, so no encoder is loaded
+    item = ("Who?", same, same)
     assert {name: judge._judge(item)[0] for name, judge in judges.items()} == {
-        "base": pytest.approx(5.0),
+        "base": pytest.approx(5.0, abs=1e-3),  # vectors are of half precision
         "overlap": 5.0,
-        "longer": pytest.approx(1 + 4 * 4 / 60),
+        "longer": pytest.approx(1 + 4 * len(WORD.findall(same)) / 60),
         "constant": 3.5,
     }
     assert judges["overlap"]._judge(("Who?", "Ada Lovelace", "Bob Smith"))[0] == 1
@@ -183,7 +169,8 @@ def test_what_cannot_be_learnt_is_refused(settings, said):
 
 def test_one_question_about_many_texts_is_enough(bundled):
     (items, verdicts), *_ = bundled
-    student = Student.fit([("Sum up the text.", *item[1:]) for item in items], verdicts)
+    asked = items[0][0]  # its vector is bundled, so no encoder is loaded
+    student = Student.fit([(asked, *item[1:]) for item in items], verdicts)
     assert np.corrcoef(student.held_out @ student.labels, verdicts)[0, 1] > 0.4
     with pytest.raises(ValueError, match="1 different questions .* too few"):
         Student.fit([("Why?", "Because.", item[2]) for item in items], verdicts)

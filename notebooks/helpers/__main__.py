@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from .embeddings import EMBEDDINGS, read_vectors, write_vectors
 from .live import published
 from .live.collect import answer_requests, fill
 from .log import CallLog
-from .rows import judge_mode, snapshot_folder
-from .settings import ROOT, CallFailed, RunStopped
+from .rows import judge_mode, output_folder, snapshot_folder
+from .settings import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-BUILD = ROOT / "build"
 # The folder in a snapshot that holds a notebook's part.
 PARTS = {
     "01_correctness": "correctness",
@@ -27,53 +25,33 @@ PARTS = {
 }
 
 
-@dataclass
-class Run:
-    """A notebook that was executed: `stopped` is the name of the error that stopped it, or ""."""
-
-    path: Path
-    notebook: Any
-    stopped: str = ""
+def _log_path(name: str) -> Path:
+    return snapshot_folder(PARTS[name]) / "calls.jsonl"
 
 
-def _paths(names: list[str]) -> list[Path]:
-    """The notebooks of these names, or all."""
-    there = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))  # not a reader's own beside them
-    paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or there
-    for path in paths:
-        if path not in there:
-            known = ", ".join(one.stem for one in there)
-            sys.exit(f"no notebook {path.name}; there are {known}")
-    return paths
+def _tagged(notebook: Any, tag: str) -> list[Any]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-def _pages() -> Path:
-    """The folder for executed notebooks and their pages: `build/`, or beside a live run's logs."""
-    folder = BUILD if judge_mode() == "replay" else snapshot_folder("")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _execute(name: str, more: dict, in_place: bool = False, quietly: bool = False) -> tuple:
+    """Execute a notebook from a clean kernel: (the notebook, the error that stopped it or "").
 
-
-def _execute(path: Path, target: Path, environment: dict[str, str], quietly: bool = False) -> Run:
-    """Execute a notebook from a clean kernel, and write it to `target` and its page to `_pages()`.
-
-    It prints what stopped the notebook, but `quietly` not that calls were collected. A snapshot of
-    finished rows only, such as the published run, has no log: cells tagged "calls" are left out.
+    The notebook and its page go to `build/`, or beside a live run's logs; `in_place` the notebook
+    goes back to where it was. `more` is added to its environment. What stopped it is printed, but
+    `quietly` not that calls were collected. A snapshot of finished rows only, such as the published
+    run, has no log: cells tagged "calls" are left out.
     """
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from nbconvert import HTMLExporter
 
+    path, folder, start = NOTEBOOKS / f"{name}.ipynb", output_folder(""), time.perf_counter()
     print(f"{path.name}: running ({judge_mode()})", flush=True)
-    start = time.perf_counter()
-    notebook = nbformat.read(path, as_version=4)
-    if (
-        judge_mode() == "replay"
-        and not (snapshot_folder(PARTS[path.stem]) / "calls.jsonl").exists()
-    ):
-        cells = notebook.cells
-        notebook.cells = [one for one in cells if "calls" not in one.metadata.get("tags", [])]
+    notebook, stopped, said = nbformat.read(path, as_version=4), "", ""
+    if judge_mode() == "replay" and not _log_path(name).exists():
+        calls = _tagged(notebook, "calls")
+        notebook.cells = [cell for cell in notebook.cells if cell not in calls]
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -83,121 +61,105 @@ def _execute(path: Path, target: Path, environment: dict[str, str], quietly: boo
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     try:
-        client.execute(env={**os.environ, **environment, "PROGRESS": "terminal"})
+        client.execute(env={**os.environ, **more, "PROGRESS": "terminal"})
     except CellExecutionError as error:
-        if not quietly or error.ename != "Collected":
-            print(f"{path.name}: stopped: {error.ename}: {error.evalue}", file=sys.stderr)
-        return Run(path, notebook, error.ename)
+        stopped, said = error.ename, f"{error.ename}: {error.evalue}"
     except DeadKernelError:
-        said = "its kernel died; is there enough memory?"
-        print(f"{path.name}: stopped: {said}", file=sys.stderr)
-        return Run(path, notebook, "DeadKernelError")
+        stopped, said = "DeadKernelError", "its kernel died; is there enough memory?"
+    if stopped:
+        if not quietly or stopped != "Collected":
+            print(f"{path.name}: stopped: {said}", file=sys.stderr)
+        return notebook, stopped
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which differ in each run
-    nbformat.write(notebook, target)
+    nbformat.write(notebook, path if in_place else folder / path.name)
     page, _ = HTMLExporter().from_notebook_node(notebook)
-    (_pages() / f"{path.stem}.html").write_text(page, encoding="utf-8")
+    (folder / f"{name}.html").write_text(page, encoding="utf-8")
     print(f"{path.name}: done in {time.perf_counter() - start:.0f} s", flush=True)
-    return Run(path, notebook)
+    return notebook, ""
 
 
 def run(names: list[str], in_place: bool = False) -> int:
-    """Execute notebooks, and print the outputs of cells tagged "metrics".
+    """Execute notebooks, and print the outputs of cells tagged "metrics". Returns an exit status.
 
-    Notebooks and pages go to `_pages()`. With `in_place`, the notebooks' outputs, the pictures that
-    README.md shows and the vectors of their texts are written back into the repository.
+    With `in_place`, the notebooks' outputs, the pictures that README.md shows and the vectors of
+    their texts are written back into the repository.
     """
-    paths, pages = _paths(names), _pages()
-    replay = judge_mode() == "replay"
+    whole, stops, kept = {}, [], output_folder("") / "embeddings.npz"
+    kept.unlink(missing_ok=True)
     # Replays need nothing of each other, so they run at the same time and share the cores. Live
     # runs go one by one: the last notebook reads what the others wrote.
-    workers = len(paths) if replay else 1
-    shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    vectors = {path: BUILD / f"{path.stem}.npz" for path in paths}
-
-    def execute(path: Path) -> Run:
-        vectors[path].unlink(missing_ok=True)
-        more = {"KEEP_EMBEDDINGS": str(vectors[path])} if in_place else {}
-        return _execute(path, path if in_place else pages / path.name, shared | more)
-
-    if replay:
-        with ThreadPoolExecutor(workers) as pool:
-            runs = list(pool.map(execute, paths))
-    else:
-        runs = []
-        for path in paths:
-            runs.append(execute(path))
-            if runs[-1].stopped == "RunStopped":
+    together = len(names) if judge_mode() == "replay" and not in_place else 1
+    more = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))}
+    more |= {"KEEP_EMBEDDINGS": str(kept)} if in_place else {}
+    with ThreadPoolExecutor(together) as pool:
+        mapped = map if together == 1 else pool.map
+        for name, ran in zip(names, mapped(lambda one: _execute(one, more, in_place), names)):
+            notebook, stopped = ran
+            if stopped:
+                stops.append(stopped)
+            else:
+                whole[name] = notebook
+            if stopped == "RunStopped":
                 break  # what stopped this notebook would stop the next
-    whole = [one for one in runs if not one.stopped]
     if in_place:
-        _write_back(whole, {} if paths == _paths([]) else read_vectors(EMBEDDINGS), vectors)
-    for one in whole:
-        for output in _tagged(one.notebook, "metrics"):
-            print(f"\n{one.path.stem}\n{output['data']['text/plain']}")
+        _write_pictures(whole)
+        older = {} if set(whole) == set(PARTS) else read_vectors(EMBEDDINGS)
+        write_vectors(EMBEDDINGS, older | read_vectors(kept))
+    for name, notebook in whole.items():
+        for output in (output for cell in _tagged(notebook, "metrics") for output in cell.outputs):
+            print(f"\n{name}\n{output['data']['text/plain']}")
     if whole:
-        shown = " ".join(str(pages / f"{one.path.stem}.html") for one in whole)
+        shown = " ".join(str(output_folder("") / f"{name}.html") for name in whole)
         print(f"\nTo read on, open {shown}")
-    return int(any(one.stopped not in ("", "Collected") for one in runs))
+    return int(any(stopped != "Collected" for stopped in stops))
 
 
-def _tagged(notebook: Any, tag: str) -> list[Any]:
-    """The outputs of a notebook's cells that have a tag."""
-    cells = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
-    return [output for cell in cells for output in cell.outputs]
-
-
-def _write_back(runs: list[Run], vectors: dict, files: dict[Path, Path]) -> None:
-    """Write the vectors that the notebooks used, and the pictures that README.md shows."""
-    for one in runs:
-        vectors |= read_vectors(files[one.path])
-        for output in _tagged(one.notebook, "picture"):
-            picture = NOTEBOOKS / "images" / f"{one.path.stem}.png"
-            picture.parent.mkdir(exist_ok=True)
+def _write_pictures(notebooks: dict[str, Any]) -> None:
+    for name, notebook in notebooks.items():
+        for output in (output for cell in _tagged(notebook, "picture") for output in cell.outputs):
+            picture = NOTEBOOKS / "images" / f"{name}.png"
             picture.write_bytes(base64.b64decode(output["data"]["image/png"]))
-    write_vectors(EMBEDDINGS, vectors)
 
 
 def run_in_batches(names: list[str]) -> int:
     """Run notebooks stage by stage: its requests go to the Batch API, its answers to the log."""
-    for path in _paths(names):
-        while True:  # each round but the last adds answers
-            done = _execute(path, _pages() / path.name, {}, quietly=True)
-            if not done.stopped:
-                break
-            if done.stopped != "Collected":
+    for name in names:
+        while stopped := _execute(name, {}, quietly=True)[
+            1
+        ]:  # each round but the last adds answers
+            if stopped != "Collected":
                 return 1
-            before = added = 0
             try:
-                # Closed at the end: the notebook writes to the log next.
-                with CallLog(snapshot_folder(PARTS[path.stem]) / "calls.jsonl") as log:
+                with CallLog(_log_path(name)) as log:  # closed at the end: the notebook writes next
                     before = len(log)
                     wrong = answer_requests(log)
-                    added = len(log) - before
-            except (RunStopped, CallFailed, RuntimeError) as stopped:
-                print(f"{path.name}: stopped: {stopped}", file=sys.stderr)
+            except RuntimeError as error:  # RunStopped and CallFailed are such
+                print(f"{name}: stopped: {error}", file=sys.stderr)
                 return 1
-            print(f"{path.name}: {added} answers added, {before + added} in all", flush=True)
-            for line in wrong:
-                print(line, file=sys.stderr)
-            if not added:
+            _tell(name, log, before, wrong)
+            if len(log) == before:
                 print(
-                    f"{path.name}: stopped: the batch answered none of its requests. `make record` "
-                    "asks for them one by one, and makes rows that are refused again invalid",
+                    f"{name}: stopped: the batch answered none of its requests. `make record` asks "
+                    "for them one by one, and makes rows that are refused again invalid",
                     file=sys.stderr,
                 )
                 return 1
     return 0
 
 
+def _tell(what: Any, log: CallLog, before: int, wrong: list[str]) -> None:
+    print(f"{what}: {len(log) - before} answers added, {len(log)} in all", flush=True)
+    for line in wrong:
+        print(line, file=sys.stderr)
+
+
 def _fill(log_path: Path, results: Path, requests: Path | None) -> int:
     with CallLog(log_path, mode="collect") as log:
         before = len(log)
         wrong = fill(log, results, requests)
-        print(f"{log_path}: {len(log) - before} answers added, {len(log)} in all")
-    for line in wrong:
-        print(line, file=sys.stderr)
-    return 1 if wrong else 0
+    _tell(log_path, log, before, wrong)
+    return int(bool(wrong))
 
 
 def _published() -> int:
@@ -207,7 +169,14 @@ def _published() -> int:
         "`SNAPSHOT=published make run NOTEBOOK=02_pairwise`"
     )
     print("\n".join(wrong) or said)
-    return 1 if wrong else 0
+    return int(bool(wrong))
+
+
+def _notebook(given: str) -> str:
+    """The name of a notebook, from its name or its file's."""
+    if (name := Path(given).stem) not in PARTS:
+        raise argparse.ArgumentTypeError(f"no notebook {given!r}; there are {', '.join(PARTS)}")
+    return name
 
 
 def main() -> int:
@@ -215,10 +184,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="execute notebooks")
-    running.add_argument("notebooks", nargs="*")
     running.add_argument("--in-place", action="store_true", help="write outputs to notebooks/")
     batching = commands.add_parser("batch", help="run notebooks through the Batch API")
-    batching.add_argument("notebooks", nargs="*")
+    for one in (running, batching):
+        one.add_argument("notebooks", nargs="*", type=_notebook)
     filling = commands.add_parser("fill", help="merge a results file into a call log")
     filling.add_argument("log", type=Path)
     filling.add_argument("results", type=Path)
@@ -226,9 +195,9 @@ def main() -> int:
     commands.add_parser("published", help="download the files of the published run of 2023")
     given = parser.parse_args()
     if given.command == "run":
-        return run(given.notebooks, given.in_place)
+        return run(given.notebooks or list(PARTS), given.in_place)
     if given.command == "batch":
-        return run_in_batches(given.notebooks)
+        return run_in_batches(given.notebooks or list(PARTS))
     if given.command == "published":
         return _published()
     return _fill(given.log, given.results, given.requests)

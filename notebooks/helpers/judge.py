@@ -1,10 +1,11 @@
 """Judge: rows -> judgements. Scores against a reference, pairs in both orders, single grading."""
 
 import copy
-from collections.abc import Callable, Coroutine, Sequence
+import re
+from collections.abc import Callable
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.evaluation import (
     BaseEvaluator,
     CorrectnessEvaluator,
@@ -13,7 +14,7 @@ from llama_index.core.evaluation import (
 )
 from llama_index.core.llms import LLM
 
-from .log import FINISH, NotAnswered, run_stage
+from .log import FINISH, STAGE, Collected, run_stage
 from .replies import cut_off, read_score, read_score_tokens, read_verdict
 from .settings import CallFailed
 
@@ -34,8 +35,8 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
     """(score, source) of a pair's two verdicts, each "A", "B" or "C", as LlamaIndex resolves them.
 
     The source is the order whose verdict counts, "original" or "flipped", or "neither" where the
-    two contradict. As in LlamaIndex and the published files, a score from the flipped order is left
-    as that order gave it: 1.0 there means the *second* answer. `pair_scores` turns it right.
+    two contradict. As in LlamaIndex, a score from the flipped order is left as that order gave it:
+    1.0 there means the *second* answer. `pair_scores` turns it right.
     """
     votes_first = SCORES[original] + 1 - SCORES[flipped]
     if votes_first == 1:
@@ -49,23 +50,22 @@ def resolve_orders(original: str, flipped: str) -> tuple[float, str]:
 async def judge_rows(
     rows: list[dict], evaluator: BaseEvaluator, *, name: str, concurrency: int | None = None
 ) -> list[dict]:
-    """Judge every row, and return the rows in the same order with one more evaluation each.
+    """Return the rows in the same order, each with one more evaluation.
 
     An evaluation is {"llm": name, "score", "text"}; `text` is the judge's whole reply. Single
-    grading adds "acceptable". A pairwise evaluation has "verdicts", those of the original and of
-    the flipped order, and "source" (see `resolve_orders`): both orders are always asked, and if
-    either cannot be read, the pair is invalid. An invalid evaluation has the score None and the
-    reason under "invalid": the reply cannot be read or was cut off, or the call failed. An older
-    evaluation of the same name is replaced. The rows that were passed in do not change.
+    grading adds "acceptable". Pairs add "verdicts", those of the original and of the flipped order,
+    and "source" (see `resolve_orders`): both orders are always asked, and if either cannot be read,
+    the pair is invalid. An invalid evaluation has the score None and the reason under "invalid":
+    the reply cannot be read or was cut off, or the call failed. An older evaluation of the same
+    name is replaced.
 
     Args:
         rows: correctness rows (`question`, `reference`, `response_data.text`), pairwise rows
             (`question`, two `answers` with a `text` each, `source`) or single-grading rows
             (`question`, `response_data` of `text` and `context`).
         evaluator: a CorrectnessEvaluator (read on the scale of 1 to 5, whatever its template
-            says), a PairwiseComparisonEvaluator or a SingleGradingEvaluator. LlamaIndex's own
-            parsers are not used: the first's raises on a bare "4.5" and lets 7.5 pass, the
-            second's reads "[[B]] because not [[A]]" as A.
+            says), a PairwiseComparisonEvaluator or a SingleGradingEvaluator. `replies` reads the
+            replies: LlamaIndex's parsers misread some.
         name: of the judge.
         concurrency: how many rows at a time; by default CONCURRENCY.
 
@@ -73,19 +73,13 @@ async def judge_rows(
         TypeError: an evaluator of another kind.
         ValueError: a row lacks a field; the message names row and field.
     """
-    kinds: dict[type, Callable[[Any, dict], Coroutine[Any, Any, dict]]] = {
-        CorrectnessEvaluator: _judge_correctness,
-        PairwiseComparisonEvaluator: _judge_pair,
-        SingleGradingEvaluator: _judge_graded,
-    }
-    kind = next((kind for kind in kinds if isinstance(evaluator, kind)), None)
+    kind = next((kind for kind in KINDS if isinstance(evaluator, kind)), None)
     if kind is None:
-        known = ", ".join(kind.__name__ for kind in kinds)
+        known = ", ".join(kind.__name__ for kind in KINDS)
         raise TypeError(f"judge_rows knows {known}, not {type(evaluator).__name__}")
-    for number, row in enumerate(rows):
-        _check(row, number, kind)
-    evaluator, judge = copy.copy(evaluator), kinds[kind]
-    jobs = [judge(evaluator, row) for row in rows]
+    (judge, fields), evaluator = KINDS[kind], copy.copy(evaluator)  # its parser is changed
+    texts = [_texts(row, number, fields.split()) for number, row in enumerate(rows)]
+    jobs = [judge(evaluator, *shown) for shown in texts]
     judged = []
     for row, new in zip(rows, await run_stage(f"judge: {name}", jobs, concurrency)):
         others = [old for old in row.get("evaluations", []) if old["llm"] != name]
@@ -93,94 +87,76 @@ async def judge_rows(
     return judged
 
 
-async def _judge_correctness(evaluator: CorrectnessEvaluator, row: dict) -> dict:
-    evaluator.parser_function = lambda reply: (read_score(reply)[0], reply)
+def _texts(row: dict, number: int, fields: list[str]) -> list[str]:
+    """The texts of a row that its judge needs; ValueError if one is missing."""
+    answers = row.get("answers")
+    if "source*" in fields and not (isinstance(answers, list) and len(answers) == 2):
+        found = len(answers) if isinstance(answers, list) else repr(answers)
+        raise ValueError(f"row {number}: answers must be two, found {found}")
+    texts = []
+    for field in fields:
+        value: Any = row
+        for name in re.findall(r"\w+", field):
+            try:
+                value = value[int(name) if name.isdigit() else name]
+            except (LookupError, TypeError):
+                value = None
+        if not isinstance(value, str) or not (value.strip() or field.endswith("*")):
+            raise ValueError(f"row {number}: {field.strip('*')} must be a text, found {value!r}")
+        texts.append(value)
+    return texts
+
+
+def _failed(error: CallFailed) -> str:
+    """Count a failed call on the progress bar. Returns the reason why its row is invalid."""
+    if stage := STAGE.get():
+        stage.failed += 1
+    return f"the call failed: {error}"
+
+
+async def _ask(evaluator: BaseEvaluator, read: Callable, **shown: str) -> tuple:
+    """(the reply or None, what `read` reads in it or None, the reason if there is nothing)."""
     try:
-        result = await evaluator.aevaluate(
-            query=row["question"], response=row["response_data"]["text"], reference=row["reference"]
-        )
+        reply = (await evaluator.aevaluate(**shown)).feedback or ""
     except CallFailed as error:
-        return {"score": None, "text": None, "invalid": f"the call failed: {error}"}
-    text = result.feedback or ""
-    score, reason = read_score(text)
+        return None, None, _failed(error)
     if cut := cut_off(FINISH.get()):
-        score, reason = None, cut
+        return reply, None, cut
+    return reply, *read(reply)
+
+
+async def _score(
+    evaluator: CorrectnessEvaluator, question: str, reference: str, answer: str
+) -> dict:
+    evaluator.parser_function = lambda reply: (None, reply)
+    shown = {"query": question, "reference": reference, "response": answer}
+    text, score, reason = await _ask(evaluator, read_score, **shown)
     return {"score": score, "text": text, **({"invalid": reason} if reason else {})}
 
 
-async def _judge_graded(evaluator: "SingleGradingEvaluator", row: dict) -> dict:
-    answer = row["response_data"]
-    try:
-        return await evaluator.grade(row["question"], answer["context"], answer["text"])
-    except CallFailed as error:
-        invalid = f"the call failed: {error}"
-        return {"score": None, "acceptable": None, "text": None, "invalid": invalid}
-
-
-async def _judge_pair(evaluator: PairwiseComparisonEvaluator, row: dict) -> dict:
+async def _compare(
+    evaluator: PairwiseComparisonEvaluator, question: str, source: str, first: str, second: str
+) -> dict:
     # One order at a time: so each order's verdict is kept, and the second is always asked.
     evaluator._enforce_consensus = False
-    # The evaluator returns the reply as its feedback. It is read here.
-    evaluator._parser_function = lambda reply: (None, 0.5, "")
-    first, second = (answer["text"] for answer in row["answers"])
-    orders = {"original": (first, second), "flipped": (second, first)}
-    replies: list[str | None] = []
-    verdicts: list[str | None] = []
-    reasons, waiting = [], None
-    for order, (one, other) in orders.items():
-        reply, verdict, reason = None, None, None
+    evaluator._parser_function = lambda reply: (None, 0.5, "")  # the feedback is the reply
+    shown, asked, waiting = {"query": question, "reference": source}, [], None
+    for one, other in ((first, second), (second, first)):
+        both = {"response": one, "second_response": other}
         try:
-            result = await evaluator.aevaluate(
-                query=row["question"], response=one, second_response=other, reference=row["source"]
-            )
-            reply = result.feedback or ""
-            verdict, reason = read_verdict(reply)
-            if cut := cut_off(FINISH.get()):
-                verdict, reason = None, cut
-        except CallFailed as error:
-            reason = f"the call failed: {error}"
-        except NotAnswered as error:  # collected; the other order's request goes out with it
+            asked.append(await _ask(evaluator, read_verdict, **shown, **both))
+        except Collected as error:  # the other order's request goes out with it
             waiting = error
-        replies.append(reply)
-        verdicts.append(verdict)
-        reasons += [f"{order}: {reason}"] if reason else []
     if waiting:
         raise waiting
-    original, flipped = verdicts
-    if original is None or flipped is None:
+    replies, verdicts, reasons = map(list, zip(*asked))
+    if any(reasons):
+        said = [f"{order}: {why}" for order, why in zip(("original", "flipped"), reasons) if why]
         invalid = {"score": None, "text": replies[0], "source": None, "verdicts": verdicts}
-        return {**invalid, "invalid": "; ".join(reasons)}
-    score, source = resolve_orders(original, flipped)
-    text = replies[source == "flipped"]
-    return {"score": score, "text": text, "source": source, "verdicts": verdicts}
-
-
-# The texts that a row must have; the starred ones may be empty.
-TEXTS: dict[type, tuple[str, ...]] = {
-    CorrectnessEvaluator: ("question", "reference", "response_data.text*"),
-    PairwiseComparisonEvaluator: ("question", "source*", "answers.0.text*", "answers.1.text*"),
-}
-
-
-def _check(row: dict, number: int, kind: type) -> None:
-    """Raise ValueError where a row lacks a text that its judge needs."""
-    answers = row.get("answers")
-    if kind is PairwiseComparisonEvaluator and not (
-        isinstance(answers, list) and len(answers) == 2
-    ):
-        found = len(answers) if isinstance(answers, list) else repr(answers)
-        raise ValueError(f"row {number}: answers must be two, found {found}")
-    graded = ("question", "response_data.context", "response_data.text*")
-    for field in TEXTS.get(kind, graded):
-        value: Any = row
-        for name in field.rstrip("*").split("."):
-            if isinstance(value, list):
-                value = value[int(name)]
-            else:
-                value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, str) or not (value.strip() or field.endswith("*")):
-            shown = field.rstrip("*").replace(".0", "[0]").replace(".1", "[1]")
-            raise ValueError(f"row {number}: {shown} must be a text, found {value!r}")
+        return {**invalid, "invalid": "; ".join(said)}
+    score, decided = resolve_orders(*verdicts)
+    text = replies[decided == "flipped"]
+    return {"score": score, "text": text, "source": decided, "verdicts": verdicts}
 
 
 class SingleGradingEvaluator(BaseEvaluator):
@@ -193,11 +169,7 @@ class SingleGradingEvaluator(BaseEvaluator):
             divided by 100.
         logprobs: take the judge's distribution from the token log-probabilities of one call. A
             hosted model needs scale=100 for that, so that a score is one token, and
-            params={"logprobs": True, "top_logprobs": 20}. The local student gives its distribution
-            on its own scale. `CallLog` keeps the log-probabilities up to the line of the score.
-
-    Raises:
-        ValueError: another scale.
+            params={"logprobs": True, "top_logprobs": 20}.
     """
 
     def __init__(self, llm: LLM, rubric: str, scale: int = 1, logprobs: bool = False) -> None:
@@ -212,10 +184,7 @@ class SingleGradingEvaluator(BaseEvaluator):
     def messages(self, question: str, context: str, answer: str) -> list[ChatMessage]:
         """What the judge is sent."""
         shown = SECTIONS.format(query=question, context=context, generated_answer=answer)
-        return [
-            ChatMessage(role=MessageRole.SYSTEM, content=self.rubric),
-            ChatMessage(role=MessageRole.USER, content=shown),
-        ]
+        return [ChatMessage(role="system", content=self.rubric), ChatMessage(content=shown)]
 
     # A rubric may hold braces that are no placeholders, so it is no template of LlamaIndex's.
     def _get_prompts(self) -> dict:
@@ -225,60 +194,57 @@ class SingleGradingEvaluator(BaseEvaluator):
         raise NotImplementedError("give the rubric to the constructor")
 
     async def grade(self, question: str, context: str, answer: str) -> dict:
-        """One judgement.
+        """One judgement: `score`, `acceptable` and `text`, the reply.
 
-        Returns:
-            `score` and `acceptable` (None if invalid, with the reason under `invalid`), `text` (the
-            reply), and with `logprobs` also `distribution`, [[score, probability], ...]. The score
-            is then its lower median.
+        With `logprobs` also `distribution`, [[score, probability], ...]: the score is its lower
+        median. If there is no score, `invalid` says why.
         """
-        response = await self.llm.achat(self.messages(question, context, answer))
+        try:
+            response = await self.llm.achat(self.messages(question, context, answer))
+        except CallFailed as error:
+            return {"score": None, "acceptable": None, "text": None, "invalid": _failed(error)}
         text, raw = response.message.content or "", response.raw
         score, reason = read_score(text, 0, self.scale)
         reason = cut_off(raw.get("finish_reason") if isinstance(raw, dict) else None) or reason
-        distribution: dict[float, float] = {}
-        if reason is None and self.logprobs:
-            distribution, reason = read_score_tokens(
-                response.logprobs or [], self.scale, reply=text
-            )
-            score = lower_median(distribution) if reason is None else None
+        shares: dict[float, float] = {}
+        if self.logprobs and not reason:
+            shares, reason = read_score_tokens(response.logprobs or [], self.scale, reply=text)
+            score = lower_median(shares) if shares else None
         if score is None or reason:
             return {"score": None, "acceptable": None, "text": text, "invalid": reason}
         score /= self.scale
         graded = {"score": score, "acceptable": score > ACCEPTABLE, "text": text}
-        if distribution:
-            graded["distribution"] = [[one / self.scale, p] for one, p in distribution.items()]
+        if shares:
+            graded["distribution"] = [[one / self.scale, p] for one, p in shares.items()]
         return graded
 
     async def aevaluate(
-        self,
-        query: str | None = None,
-        response: str | None = None,
-        contexts: Sequence[str] | None = None,
-        **kwargs: Any,
+        self, query: Any = None, response: Any = None, contexts: Any = None, **kwargs: Any
     ) -> EvaluationResult:
         """As LlamaIndex's evaluators do it. `passing` means that the score is above ACCEPTABLE."""
         if query is None or response is None or not contexts:
             raise ValueError("query, response and contexts must be given")
         graded = await self.grade(query, "\n\n".join(contexts), response)
-        return EvaluationResult(
-            query=query,
-            response=response,
-            contexts=contexts,
-            score=graded["score"],
-            feedback=graded["text"],
-            passing=graded.get("acceptable"),
-            invalid_result="invalid" in graded,
-            invalid_reason=graded.get("invalid"),
-        )
+        result = EvaluationResult(query=query, response=response, contexts=contexts)
+        result.score, result.feedback = graded["score"], graded["text"]
+        result.passing, result.invalid_reason = graded["acceptable"], graded.get("invalid")
+        result.invalid_result = "invalid" in graded
+        return result
+
+
+# {evaluator: (what judges, the texts that it is shown)}; a starred text may be empty.
+KINDS: dict[type, tuple[Callable, str]] = {
+    CorrectnessEvaluator: (_score, "question reference response_data.text*"),
+    PairwiseComparisonEvaluator: (_compare, "question source* answers[0].text* answers[1].text*"),
+    SingleGradingEvaluator: (
+        SingleGradingEvaluator.grade,
+        "question response_data.context response_data.text*",
+    ),
+}
 
 
 def lower_median(distribution: dict[float, float]) -> float:
-    """The lowest score that holds half of the probability: of three samples the middle one.
-
-    Raises:
-        ValueError: the distribution is empty.
-    """
+    """The lowest score that holds half of the probability; ValueError if there is no score."""
     half, below = sum(distribution.values()) / 2 - 1e-12, 0.0
     for score in sorted(distribution):
         below += distribution[score]
@@ -288,27 +254,24 @@ def lower_median(distribution: dict[float, float]) -> float:
 
 
 def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict]:
-    """Make several samples of a judge's verdict one evaluation.
+    """Replace the evaluations by `judges`, samples of one judge's verdict, with one by `name`.
 
     It comes first, with the `samples` (None where a sample is invalid), their lower median as
     `score`, `acceptable`, and the `text` of the first sample with that score. It is invalid only if
     all samples are.
-
-    Args:
-        rows: judged rows.
-        judges: the names of the samples' evaluations, which it replaces.
-        name: of the new evaluation.
 
     Raises:
         KeyError: a row lacks one of the samples.
     """
     pooled = []
     for number, row in enumerate(rows):
-        given = {evaluation["llm"]: evaluation for evaluation in row.get("evaluations", [])}
-        if missing := [judge for judge in judges if judge not in given]:
-            raise KeyError(f"row {number} has no judgement by {missing[0]!r}")
-        drawn = [given[judge] for judge in judges]
-        samples = [evaluation["score"] for evaluation in drawn]
+        others = {said["llm"]: said for said in row.get("evaluations", [])}
+        try:
+            drawn = [others.pop(judge) for judge in judges]
+        except KeyError as missing:
+            raise KeyError(f"row {number} has no judgement by {missing}") from None
+        others.pop(name, None)
+        samples = [said["score"] for said in drawn]
         one = {"llm": name, "score": None, "acceptable": None, "text": drawn[0]["text"]}
         one["samples"] = samples
         if distribution := score_distribution(one):
@@ -316,19 +279,16 @@ def pool_samples(rows: list[dict], judges: list[str], *, name: str) -> list[dict
             text = drawn[samples.index(score)]["text"]
             one |= {"score": score, "acceptable": score > ACCEPTABLE, "text": text}
         else:
-            reasons = dict.fromkeys(evaluation["invalid"] for evaluation in drawn)
+            reasons = dict.fromkeys(said["invalid"] for said in drawn)
             one["invalid"] = "no valid sample: " + "; ".join(reasons)
-        replaced = (*judges, name)
-        rest = [said for said in row["evaluations"] if said["llm"] not in replaced]
-        pooled.append({**row, "evaluations": [one, *rest]})
+        pooled.append({**row, "evaluations": [one, *others.values()]})
     return pooled
 
 
 def score_distribution(evaluation: dict) -> dict[float, float]:
     """{score: probability} of one evaluation; {} if it is invalid.
 
-    As its token log-probabilities gave it, else the shares of its valid samples, else all on its
-    score.
+    From its token log-probabilities, else its valid samples, else its score.
     """
     if "distribution" in evaluation:
         return dict(evaluation["distribution"])

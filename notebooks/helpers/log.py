@@ -12,31 +12,26 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import tqdm.auto
 from filelock import FileLock, Timeout
-from llama_index.core.base.llms.types import (
-    ChatMessage,
-    ChatResponse,
-    CompletionResponse,
-    LLMMetadata,
-    LogProb,
-    MessageRole,
-)
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.llms import LLM, CustomLLM
+from llama_index.core.base.llms import generic_utils
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ChatResponseGen, LogProb
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.llms import LLM, CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.llms.callbacks import llm_chat_callback
+from pydantic_core import to_jsonable_python
 
 from .replies import lines_to_score
-from .rows import ESCAPE, DamagedFile, judge_mode, known_mode, parse_row, write_text
+from .rows import ESCAPE, DamagedFile, judge_mode, parse_row, write_text
 from .settings import CallFailed, RunStopped, cap, id_of, name_of, number, redact, terminal
 
 SCHEMA = 1
@@ -50,12 +45,8 @@ class MissingCall(LookupError):
     """Replay met a call that the log does not hold."""
 
 
-class NotAnswered(Exception):
-    """`collect` wrote this call's request out. `run_stage` turns these into one `Collected`."""
-
-
 class Collected(Exception):
-    """The run stops here: the requests of a stage wait in a file to be answered."""
+    """The run stops here: its requests wait in a file to be answered."""
 
 
 @dataclass
@@ -65,9 +56,6 @@ class Stage:
     name: str
     failed: int = 0
     spent: object = ""  # what its text says of the money
-
-    def __str__(self) -> str:
-        return f"{self.failed} failed{self.spent}"
 
 
 STAGE: contextvars.ContextVar[Stage | None] = contextvars.ContextVar("stage", default=None)
@@ -91,26 +79,18 @@ def make_row(
     finish_reason: str | None = None,
     logprobs: list[dict] | None = None,
 ) -> dict:
-    """A row of `calls.jsonl`: a call, its key and its answer.
+    """A row of `calls.jsonl`: a call (`model`, `messages`, `params`, `sample`) and its answer.
 
-    Args:
-        call: `model`, `messages`, `params` and `sample`.
-        response: the reply's text.
-        usage: the tokens that the provider reports.
-        finish_reason: why the reply ended.
-        logprobs: {alternative: log-probability} of each token. Those up to the line of the score
-            are kept: the rest would make rows a hundred times larger. The row has this field only
-            if it was asked for.
+    `logprobs` has {alternative: log-probability} of each token. Those up to the line of the score
+    are kept: the rest would make rows a hundred times larger. The row has this field only if it was
+    asked for.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     answer = {"response": response, "usage": usage, "finish_reason": finish_reason}
     row = {"v": SCHEMA, "key": call_key(**call), **call, **answer, "created": created}
     if logprobs:
         likeliest = [max(token, key=lambda t: token[t], default="") for token in logprobs]
-        ends, lines = (
-            list(accumulate(text.count("\n") for text in likeliest)),
-            lines_to_score(response),
-        )
+        ends, lines = accumulate(text.count("\n") for text in likeliest), lines_to_score(response)
         row["logprobs"] = logprobs[: sum(end < lines for end in ends) + 1]
     return row
 
@@ -121,35 +101,29 @@ class CallLog:
     Opening reads the file once and keeps an index only. A torn last line, which a killed run
     leaves, is dropped with a warning; any other damage is a `DamagedFile`. An answer is written to
     the file before it is used, so a kill loses nothing. The disk is synced at the end of a stage
-    and about once a second.
-
-    Args:
-        path: the `calls.jsonl`. The first answer makes it.
-        mode: "replay", "record" or "collect"; by default what `JUDGE_MODE` says.
+    and about once a second. The mode is by default what `JUDGE_MODE` says.
     """
 
     def __init__(self, path: str | Path, mode: str | None = None) -> None:
-        self.path = Path(path)
-        self.mode = known_mode(mode) if mode else judge_mode()
+        self.path, self.mode = Path(path), judge_mode(mode)
         self.requests_path = self.path.with_name("requests.jsonl")
-        self.used: dict[tuple[str, str], dict[bytes, None]] = {}  # (stage, name) -> keys
-        self.asking: dict[str, asyncio.Future] = {}  # key -> done when the call under way is
-        self._index: dict[bytes, int] = {}  # key -> where its row begins
-        self._end = self._size = 0  # end of the good rows, end of the file (a torn line between)
+        self.used: dict[tuple[str, str], dict[str, None]] = {}  # (stage, name) -> keys
+        self.asking: WeakValueDictionary = WeakValueDictionary()  # (loop, key) -> a call's lock
+        self.end = 0  # where in the file the good rows end
+        self._size = 0  # of the file: a torn line may follow the good rows
         self._joint = b""  # a line end that the last row lacks
+        self._index: dict[str, int] = {}  # key -> where its row begins
         self._writer: Any = None
-        self._lock, self._file_lock = (
-            threading.RLock(),
-            FileLock(f"{path}.lock", thread_local=False),
-        )
+        self._lock = threading.RLock()
+        self._file_lock = FileLock(f"{path}.lock", thread_local=False)
         self._synced = 0.0
-        self._seen: set[bytes] = set()
         self._collected: set[str] = set()
-        self._names_path = self.path.with_name("names.json")
         # {logged name: model id} where they differ, as they do for personas: prices need the id.
-        self.models: dict[str, str] = {}
-        if self._names_path.exists():
-            self.models = json.loads(self._names_path.read_text(encoding="utf-8"))
+        self._names_path = self.path.with_name("names.json")
+        named = self._names_path.exists()
+        self.models: dict[str, str] = (
+            json.loads(self._names_path.read_text("utf-8")) if named else {}
+        )
         if self.path.exists():
             self._scan()
 
@@ -167,8 +141,11 @@ class CallLog:
 
         Args:
             model_name: the setting of a model, or any name.
-            live: what `record` asks: `live(setting)`, or a LlamaIndex LLM as it is.
-            settings: `sample`, `params`, `system_prompt`, `context_window` of `LoggedLLM`.
+            live: what `record` asks: `live(setting)`, which tries again and keeps to the budget, or
+                a LlamaIndex LLM as it is, which is asked once a call.
+            settings: `sample`, which of several samples of a prompt it draws; `params`, sampling
+                parameters that are sent with each call, such as {"temperature": 0} (both are part
+                of the key); `system_prompt`, put before every prompt.
         """
         logged, asked = name_of(model_name), id_of(getattr(live, "setting", ""))
         if asked and self.models.get(logged, logged) != asked:
@@ -179,34 +156,29 @@ class CallLog:
 
     def get(self, key: str) -> dict | None:
         """The row of a key, or None."""
-        if (offset := self._index.get(bytes.fromhex(key))) is None:
+        if key not in self._index:
             return None
         with open(self.path, "rb") as file:
-            file.seek(offset)
+            file.seek(self._index[key])
             return json.loads(file.readline())
-
-    @property
-    def end(self) -> int:
-        """Where in the file the good rows end."""
-        return self._end
 
     def rows(self, start: int = 0) -> Iterator[dict]:
         """All rows in the order of the file, or those after a former `end`."""
-        if start < self._end:
+        if start < self.end:
             with open(self.path, "rb") as file:
                 file.seek(start)
                 for line in iter(file.readline, b""):
-                    if file.tell() > self._end:
+                    if file.tell() > self.end:
                         return
                     if line.strip():
                         yield json.loads(line)
 
     def use(self, row: dict) -> None:
-        """Note that the running stage used a row."""
-        if (key := bytes.fromhex(row["key"])) not in self._seen:
-            self._seen.add(key)
+        """Note that the running stage used a row. The first stage that used it counts."""
+        if not any(row["key"] in keys for keys in self.used.values()):
             stage = STAGE.get()
-            self.used.setdefault((stage.name if stage else "(none)", row["model"]), {})[key] = None
+            place = stage.name if stage else "(none)", row["model"]
+            self.used.setdefault(place, {})[row["key"]] = None
 
     def append(self, row: dict) -> dict:
         """Write a row to the file. Returns what the log holds for its key: an older row stays.
@@ -215,20 +187,16 @@ class CallLog:
             RuntimeError: another process writes to the file.
             OSError: the file cannot be written to, or the disk is full.
         """
-        key, line = (
-            bytes.fromhex(row["key"]),
-            json.dumps(row, ensure_ascii=False).encode(errors=ESCAPE) + b"\n",
-        )
         with self._lock:
-            if key in self._index:
-                return self.get(row["key"]) or row
+            if older := self.get(row["key"]):
+                return older
             file = self.open_to_write()
-            file.seek(self._end)
-            file.truncate()  # cuts off a torn line, and what a full disk left of the last try
-            if (written := file.write(self._joint + line)) < len(self._joint + line):
+            line = self._joint + json.dumps(row, ensure_ascii=False).encode(errors=ESCAPE) + b"\n"
+            file.truncate(self.end)  # cuts off a torn line, and what a full disk left of a row
+            if (written := file.write(line)) < len(line):
                 raise OSError(28, f"No space left on device ({written} bytes written)")
-            self._index[key] = self._end + len(self._joint)
-            self._end = self._size = self._index[key] + len(line)
+            self._index[row["key"]] = self.end + len(self._joint)
+            self.end = self._size = self.end + len(line)
             self._joint = b""
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
@@ -255,10 +223,9 @@ class CallLog:
                 older.close()
             try:
                 self._file_lock.acquire(timeout=0)
-                file = open(self.path, "r+b" if self.path.exists() else "x+b", buffering=0)
-                if os.fstat(file.fileno()).st_size != self._size:
-                    file.close()
+                if (self.path.stat().st_size if self.path.exists() else 0) != self._size:
                     raise Timeout(str(self.path))
+                self._writer = open(self.path, "a+b", buffering=0)
             except OSError as error:  # filelock's Timeout is one
                 self._file_lock.release()
                 if not isinstance(error, Timeout):
@@ -267,7 +234,7 @@ class CallLog:
                     f"{self.path}: another process is recording to this log, or has since it was "
                     "opened here. Let it end, then run this one again."
                 ) from None
-            self._writer, _writers[self.path.resolve()] = file, self
+            _writers[self.path.resolve()] = self
         return self._writer
 
     def close(self) -> None:
@@ -281,34 +248,28 @@ class CallLog:
 
     def collect(self, call: dict) -> None:
         """Write a call to `requests.jsonl`, in the request format of the OpenAI Batch API."""
-        name = request_id(call)
         with self._lock:
-            if name in self._collected:
+            if (name := request_id(call)) in self._collected:
                 return
             body = {"model": call["model"], "messages": call["messages"], **call["params"]}
             request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions"}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(
-                self.requests_path, "a" if self._collected else "w", encoding="utf-8", errors=ESCAPE
-            ) as file:
+            mode = "a" if self._collected else "w"
+            with open(self.requests_path, mode, encoding="utf-8", errors=ESCAPE) as file:
                 file.write(json.dumps({**request, "body": body}, ensure_ascii=False) + "\n")
             self._collected.add(name)
 
     def explain_missing(self, call: dict) -> str:
-        """Say which call is missing, which recorded prompt is nearest, and where the two differ."""
-        text, stage = prompt_text(call), STAGE.get()
-        words = set(text.split())
+        """Say which call is missing, the nearest recorded prompt, and where the two differ."""
+        text, stage, model = prompt_text(call), STAGE.get(), call["model"]
 
-        def likeness(row: dict) -> float:
-            theirs = set(prompt_text(row).split())
-            common = len(words & theirs) / max(1, len(words | theirs))
-            return common + (row["model"] == call["model"])
+        def distance(row: dict) -> tuple[bool, int]:
+            differing = set(text.split()) ^ set(prompt_text(row).split())
+            return row["model"] != model, len(differing)
 
-        nearest = max(self.rows(), key=likeness, default=None)
-        said = [
-            f"{self.path}: no recorded answer for this call of stage "
-            f"{stage.name if stage else '(none)'!r} to model {call['model']!r}."
-        ]
+        nearest = min(self.rows(), key=distance, default=None)
+        place = f" of stage {stage.name!r}" if stage else ""
+        said = [f"{self.path}: no recorded answer for this call{place} to model {model!r}."]
         if nearest is None:
             said.append("The log holds no calls.")
         elif (theirs := prompt_text(nearest)) == text:
@@ -333,35 +294,31 @@ class CallLog:
         return "\n".join(said)
 
     def _scan(self) -> None:
-        answers: dict[bytes, int] = {}
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                where = f"{self.path}, line {number}"
+                where, whole = f"{self.path}, line {number}", line.endswith(b"\n")
                 self._size += len(line)
                 try:
                     row = parse_row(line, where)
                 except DamagedFile:
-                    if line.endswith(b"\n"):
+                    if whole:
                         raise
-                    warnings.warn(
-                        f"{where}: dropped a torn last line of {len(line)} bytes, left by an "
-                        "interrupted run",
-                        stacklevel=3,
-                    )
+                    torn = f"a torn last line of {len(line)} bytes, left by an interrupted run"
+                    warnings.warn(f"{where}: dropped {torn}", stacklevel=3)
                     return
-                key = bytes.fromhex(check_row(row, where)["key"])
-                if answers.setdefault(key, hash(row["response"])) != hash(row["response"]):
+                check_row(row, where)
+                older = self.get(row["key"])
+                if older and older["response"] != row["response"]:
                     raise DamagedFile(
                         f"{where}: key {row['key'][:12]} has another answer further up; expected "
                         "one answer a key"
                     )
-                self._index.setdefault(key, self._end)
-                self._end = self._size
-                self._joint = b"" if line.endswith(b"\n") else b"\n"
+                self._index.setdefault(row["key"], self.end)
+                self.end, self._joint = self._size, b"" if whole else b"\n"
 
 
-def check_row(row: dict, where: str) -> dict:
-    """Return a row of `calls.jsonl` as it is, or raise DamagedFile."""
+def check_row(row: dict, where: str) -> None:
+    """Raise DamagedFile if this is no row of `calls.jsonl`."""
     wrong = ""
     if row.get("v") != SCHEMA:
         wrong = f"row of schema version {row.get('v')!r}, expected {SCHEMA}"
@@ -373,7 +330,6 @@ def check_row(row: dict, where: str) -> dict:
         wrong = f"key {str(row['key'])[:12]} does not match its content, expected {key[:12]}"
     if wrong:
         raise DamagedFile(f"{where}: {wrong}")
-    return row
 
 
 def prompt_text(call: dict) -> str:
@@ -396,39 +352,26 @@ def kept(log: CallLog, so: str = "") -> Iterator[None]:
 
 
 class LoggedLLM(CustomLLM):
-    """A chat LLM in front of a call log. Made by `CallLog.llm`.
-
-    Args:
-        log: the call log.
-        live: what `record` asks: a LlamaIndex LLM or a function that makes one, which is asked
-            once a call, or `live(setting)`, which also tries again and keeps to the budget.
-        model_name: the name under which calls are logged.
-        sample: which of several samples of a prompt this LLM draws; part of the key.
-        params: sampling parameters, such as {"temperature": 0}; sent with each call, and part of
-            the key.
-        system_prompt: put before every prompt.
-        context_window: in tokens. It decides how chunks are packed into prompts, so it is the same
-            in all modes.
-    """
+    """A chat LLM in front of a call log. Made by `CallLog.llm`."""
 
     model_name: str
     sample: int = 0
-    params: dict = Field(default_factory=dict)
-    context_window: int = 8192
+    params: dict = {}
     _log: CallLog = PrivateAttr()
     _live: Any = PrivateAttr()
 
     def __init__(self, log: CallLog, live: Any = None, **settings: Any) -> None:
         super().__init__(**settings)
-        bare = live is not None and not hasattr(live, "ask")
-        self._log, self._live = log, _Bare(live) if bare else live
+        if live is not None and not isinstance(live, LLM) and not hasattr(live, "ask"):
+            found = type(live).__name__
+            raise TypeError(f"live: expected live(setting) or a LlamaIndex LLM, found {found}")
+        self._log, self._live = log, _Bare(live) if isinstance(live, LLM) else live
 
     @property
     def metadata(self) -> LLMMetadata:
         """The logged name, and that this is a chat model."""
-        return LLMMetadata(
-            model_name=self.model_name, is_chat_model=True, context_window=self.context_window
-        )
+        # The window decides how chunks are packed into prompts, so it is the same in all modes.
+        return LLMMetadata(model_name=self.model_name, is_chat_model=True, context_window=8192)
 
     def _call(self, messages: Iterable[ChatMessage], kwargs: dict) -> dict:
         for message in messages:
@@ -437,13 +380,8 @@ class LoggedLLM(CustomLLM):
                     f"the call log holds text only, and this {message.role.value} message has more"
                 )
         plain = [{"role": message.role.value, "content": message.content} for message in messages]
-        params = {**self.params, **kwargs}
-        return {
-            "model": self.model_name,
-            "messages": plain,
-            "params": params,
-            "sample": self.sample,
-        }
+        asked = {"model": self.model_name, "messages": plain}
+        return {**asked, "params": {**self.params, **kwargs}, "sample": self.sample}
 
     def _known(self, call: dict) -> dict | None:
         """The logged row of a call. None if the live model is to be asked."""
@@ -451,7 +389,7 @@ class LoggedLLM(CustomLLM):
             return row
         if self._log.mode == "collect":
             self._log.collect(call)
-            raise NotAnswered(self._log.requests_path)
+            raise Collected(self._log.requests_path)
         if self._log.mode == "replay":
             raise MissingCall(self._log.explain_missing(call))
         if self._live is None:
@@ -467,11 +405,10 @@ class LoggedLLM(CustomLLM):
         places = [sorted(place, key=lambda one: one.logprob) for place in response.logprobs or []]
         tokens = [
             {one.token: one.logprob for one in place} for place in places
-        ]  # the likelier stays
-        usage, finish_reason = _details(response.raw)
-        text = response.message.content or ""
+        ]  # likelier twin stays
+        text, details = response.message.content or "", _details(response.raw)
         with kept(self._log):
-            return self._log.append(make_row(call, text, usage, finish_reason, tokens))
+            return self._log.append(make_row(call, text, *details, tokens))
 
     def _response(self, row: dict) -> ChatResponse:
         self._log.use(row)
@@ -481,7 +418,7 @@ class LoggedLLM(CustomLLM):
             for tokens in row.get("logprobs", [])
         ]
         return ChatResponse(
-            message=ChatMessage(role=MessageRole.ASSISTANT, content=row["response"]),
+            message=ChatMessage(role="assistant", content=row["response"]),
             logprobs=logprobs or None,
             raw={"usage": row["usage"], "finish_reason": row["finish_reason"]},
         )
@@ -490,65 +427,49 @@ class LoggedLLM(CustomLLM):
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The logged answer, or the live model's, which is logged before it is returned."""
         call = self._call(messages, kwargs)
-        row = self._known(call)
-        if row is None:
-            with _counted():
-                row = self._keep(call, self._live.ask_and_block(self._log, call, messages))
+        if (row := self._known(call)) is None:
+            row = self._keep(call, self._live.ask_and_block(self._log, call, messages))
         return self._response(row)
 
     @llm_chat_callback()
     async def achat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As `chat`. Two equal calls at the same time are one: the second waits for the first."""
         call = self._call(messages, kwargs)
-        key, loop, asking = call_key(**call), asyncio.get_running_loop(), self._log.asking
-        while (row := self._known(call)) is None:
-            if (other := asking.get(key)) and other.get_loop() is loop:
-                await asyncio.wait([other])
-                continue
-            asking[key] = done = loop.create_future()
-            try:
-                with _counted():
-                    row = self._keep(call, await self._live.ask(self._log, call, messages))
-                break
-            finally:
-                asking.pop(key)
-                done.set_result(None)
+        place = asyncio.get_running_loop(), call_key(**call)
+        async with self._log.asking.setdefault(place, asyncio.Lock()):
+            if (row := self._known(call)) is None:
+                row = self._keep(call, await self._live.ask(self._log, call, messages))
         return self._response(row)
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As `chat`, for a prompt that is one text."""
-        return _completion(self.chat([ChatMessage(role="user", content=prompt)], **kwargs))
+        response = self.chat([ChatMessage(content=prompt)], **kwargs)
+        return generic_utils.chat_response_to_completion_response(response)
 
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
         """As `achat`, for a prompt that is one text."""
-        return _completion(await self.achat([ChatMessage(role="user", content=prompt)], **kwargs))
+        response = await self.achat([ChatMessage(content=prompt)], **kwargs)
+        return generic_utils.chat_response_to_completion_response(response)
 
-    def stream_chat(self, messages: list[ChatMessage], **kwargs: Any) -> Iterator[ChatResponse]:  # type: ignore[override]
+    def stream_chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponseGen:  # type: ignore[override]
         """As `chat`: a recorded answer is whole, so the stream has one piece."""
         response = self.chat(messages, **kwargs)
         response.delta = response.message.content
         yield response
 
-    def stream_complete(  # type: ignore[override]
-        self, prompt: str, formatted: bool = False, **kwargs: Any
-    ) -> Iterator[CompletionResponse]:
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
         """As `complete`, in one piece."""
-        response = self.complete(prompt, **kwargs)
-        response.delta = response.text
-        yield response
+        pieces = self.stream_chat([ChatMessage(content=prompt)], **kwargs)
+        return generic_utils.stream_chat_response_to_completion_response(pieces)
 
 
+@dataclass
 class _Bare:
-    """A LlamaIndex LLM, or a function that makes one: asked once a call, without a budget."""
+    """A LlamaIndex LLM as it is: asked once a call, without a budget."""
 
-    def __init__(self, llm: LLM | Callable[[], LLM]) -> None:
-        self._given = llm
-
-    @cached_property
-    def llm(self) -> LLM:
-        return self._given if isinstance(self._given, LLM) else self._given()
+    llm: LLM
 
     async def ask(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
         with self._failing():
@@ -560,10 +481,10 @@ class _Bare:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        if set_caps := [name for name in ("BUDGET_CALLS", "BUDGET_DOLLARS") if cap(name)]:
+        if name := next(filter(cap, ("BUDGET_CALLS", "BUDGET_DOLLARS")), None):
             raise RunStopped(
-                f"{set_caps[0]} is set, and this LLM keeps no budget: hand it to the log as "
-                "live(llm), or unset the budget"
+                f"{name} is set, and this LLM keeps no budget: hand it to the log as live(llm), or "
+                "unset the budget"
             )
         try:
             yield
@@ -572,44 +493,23 @@ class _Bare:
             raise CallFailed(said) from None  # the error itself may quote a key
 
 
-@contextmanager
-def _counted() -> Iterator[None]:
-    try:
-        yield
-    except CallFailed:
-        if stage := STAGE.get():
-            stage.failed += 1
-        raise
-
-
-def _completion(response: ChatResponse) -> CompletionResponse:
-    return CompletionResponse(text=response.message.content or "", raw=response.raw)
-
-
 def _details(raw: Any) -> tuple[dict | None, str | None]:
     """Usage and finish reason, where a provider's raw response has them in OpenAI's form."""
-    raw = raw.model_dump() if hasattr(raw, "model_dump") else raw
-    if not isinstance(raw, dict):
-        return None, None
-    usage: Any = raw.get("usage")
-    usage = usage.model_dump() if hasattr(usage, "model_dump") else usage
-    choice = (raw.get("choices") or [{}])[0]
-    choice = choice if isinstance(choice, dict) else vars(choice)
-    names = ("finish_reason", "stop_reason", "done_reason")
-    finish_reason = choice.get("finish_reason") or next(filter(None, map(raw.get, names)), None)
-    return dict(usage) if usage else None, finish_reason
+    raw = raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
+    ends = ("finish_reason", "stop_reason", "done_reason")  # as providers call it
+    wanted = {name: raw.get(name) for name in ("usage", "choices", *ends)}
+    plain = to_jsonable_python(wanted, fallback=str)
+    choice = (plain["choices"] or [{}])[0]
+    return plain["usage"] or None, next(filter(None, map({**plain, **choice}.get, ends)), None)
 
 
 async def run_stage(
     stage: str, jobs: Iterable[Coroutine], concurrency: int | None = None
 ) -> list[Any]:
-    """Await all jobs, at most `concurrency` (by default CONCURRENCY) at a time.
+    """Await all jobs, at most `concurrency` at a time; their results, in the order of the jobs.
 
     Every job runs to its end before a failure is raised, so that all answers are in the log. But
     after a RunStopped no other job begins.
-
-    Returns:
-        The jobs' results, in the order of the jobs.
 
     Raises:
         RunStopped: no further call makes sense or is allowed.
@@ -636,14 +536,16 @@ async def run_stage(
             except Exception as error:  # raised below, when all jobs are done
                 results[place] = error
                 stopped |= isinstance(error, RunStopped)
-            bar.set_postfix_str(str(state), refresh=False)
+                state.failed += isinstance(error, CallFailed)
+            bar.set_postfix_str(f"{state.failed} failed{state.spent}", refresh=False)
             bar.update()
 
     try:
         workers = int(number("CONCURRENCY") if concurrency is None else concurrency)
         if workers < 1:
             raise ValueError(f"{workers} calls at once: expected 1 or more")
-        with _progress_bar(stage, len(jobs)) as bar:
+        kind, shown = tqdm.tqdm if terminal() else tqdm.auto.tqdm, judge_mode() != "replay"
+        with kind(total=len(jobs), desc=stage, file=terminal(), disable=not shown) as bar:
             await asyncio.gather(*map(work, range(min(workers, len(jobs)))))
     finally:
         for _, job in left:  # the run was stopped or interrupted
@@ -654,31 +556,23 @@ async def run_stage(
     return _results(stage, results)
 
 
-def _progress_bar(stage: str, total: int) -> Any:
-    if terminal():
-        from tqdm import tqdm
-    else:
-        from tqdm.auto import tqdm
-    return tqdm(total=total, desc=stage, file=terminal(), disable=judge_mode() == "replay")
-
-
 def _results(stage: str, results: list) -> list:
     """A stage's results, if no job failed."""
-    failures = [result for result in results if isinstance(result, Exception)]
-    if stopped := next((one for one in failures if isinstance(one, RunStopped)), None):
-        done = sum(result is not None for result in results) - len(failures)
-        said = f"stage {stage!r}: {stopped} ({done} of {len(results)} rows were done)"
-        raise RunStopped(said) from stopped.__cause__
-    waiting = [failure for failure in failures if isinstance(failure, NotAnswered)]
+    failures = [one for one in results if isinstance(one, Exception)]
     for failure in failures:
-        if failure not in waiting:
+        if isinstance(failure, RunStopped):
+            done = sum(one is not None for one in results) - len(failures)
+            said = f"stage {stage!r}: {failure} ({done} of {len(results)} rows were done)"
+            raise RunStopped(said) from failure.__cause__
+    for failure in failures:
+        if not isinstance(failure, Collected):
             many = f"{len(failures)} of {len(results)} rows failed; what was answered is kept"
             failure.add_note(f"stage {stage!r}: {many}")
             raise failure
-    if waiting:
+    if failures:
         raise Collected(
-            f"stage {stage!r}: {len(waiting)} of {len(results)} rows wait for answers. Their "
-            f"requests are in {waiting[0]}: have them answered, merge the results with "
+            f"stage {stage!r}: {len(failures)} of {len(results)} rows wait for answers. Their "
+            f"requests are in {failures[0]}: have them answered, merge the results with "
             "`make fill`, and run again."
         )
     return results

@@ -15,43 +15,31 @@ METRICS = ("correlation", "spearman", "kappa", "mae", "coverage")
 Statistic = Callable[[np.ndarray], float | np.ndarray]
 
 
-def evaluation_of(row: dict, number: int, judge: str) -> dict:
-    """A judge's evaluation of a row. The error message shows `number`.
-
-    Raises:
-        KeyError: The row has no evaluation by that judge, or more than one.
-    """
-    evaluations = row.get("evaluations", [])
-    given = [evaluation for evaluation in evaluations if evaluation["llm"] == judge]
-    if len(given) != 1:
-        raise KeyError(
-            f"row {number} has {len(given)} judgements by {judge!r}, expected one; the judges of "
-            f"this row are {[evaluation['llm'] for evaluation in evaluations]}"
-        )
-    return given[0]
+def judgements(rows: list[dict], judge: str) -> list[dict]:
+    """A judge's evaluation of each row; a KeyError names a row that does not have exactly one."""
+    found = []
+    for number, row in enumerate(rows):
+        judges = [evaluation["llm"] for evaluation in row.get("evaluations", [])]
+        if judges.count(judge) != 1:
+            raise KeyError(
+                f"row {number} has {judges.count(judge)} judgements by {judge!r}, expected one; "
+                f"the judges of this row are {judges}"
+            )
+        found.append(row["evaluations"][judges.index(judge)])
+    return found
 
 
 def scores_of(rows: list[dict], judge: str) -> np.ndarray:
-    """A judge's score for each row, shape (rows,). NaN means an invalid judgement.
-
-    Raises:
-        KeyError: A row has no judgement by that judge, or more than one.
-    """
-    scores = [evaluation_of(row, number, judge)["score"] for number, row in enumerate(rows)]
-    return np.array(scores, dtype=float)
+    """A judge's score for each row, (rows,), NaN if invalid. Raises what `judgements` raises."""
+    return np.array([evaluation["score"] for evaluation in judgements(rows, judge)], dtype=float)
 
 
 def valid_rows(rows: list[dict], judges: Sequence[str]) -> list[dict]:
-    """The rows on which the judgements of all `judges` are valid.
-
-    Raises:
-        ValueError: There is no such row.
-    """
+    """The rows on which the judgements of all `judges` are valid; a ValueError if there is none."""
     scores = np.array([scores_of(rows, judge) for judge in judges])
     invalid: np.ndarray = np.isnan(scores).any(axis=0)
     if invalid.all():
-        names = f"{', '.join(judges[:-1])} and {judges[-1]}"
-        raise ValueError(f"no row on which {names} are all valid")
+        raise ValueError(f"no row on which {', '.join(judges)} are all valid")
     return [row for row, out in zip(rows, invalid) if not out]
 
 
@@ -75,11 +63,9 @@ def agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
 
 
 def quadratic_kappa(x: np.ndarray, y: np.ndarray) -> float:
-    """Cohen's kappa with quadratic weights (Cohen 1968).
+    """Cohen's kappa with quadratic weights (1968): 1 - observed / expected squared difference.
 
-    It is 1 minus the observed over the expected squared difference. On an evenly spaced scale it
-    equals scikit-learn's cohen_kappa_score(weights="quadratic"). This form needs no categories,
-    so a student may answer 3.7.
+    On an evenly spaced scale it equals scikit-learn's. It needs no categories: 3.7 is fine.
     """
     expected = np.mean(x**2) + np.mean(y**2) - 2 * x.mean() * y.mean()
     return float(1 - np.mean((x - y) ** 2) / expected) if expected > 1e-12 else np.nan
@@ -201,9 +187,14 @@ def paired(
         minus other), its 95 % interval (`low`, `high`), the two-sided `p`, and `n` (rows). `p` is
         from scipy's permutation test, which swaps the two judges on whole documents. A value is
         NaN where a figure is undefined. With one document, `low`, `high` and `p` are NaN.
+
+    Raises:
+        ValueError: `student` is `other`.
     """
     from scipy.stats import permutation_test
 
+    if student == other:
+        raise ValueError(f"{student!r} is compared with itself: name two judges")
     clusters, every = clusters_of(rows), np.arange(len(rows))
     cluster = np.empty(len(rows), dtype=int)
     for number, members in enumerate(clusters):
@@ -248,9 +239,8 @@ def correctness_report(rows: list[dict], teacher: str, students: list[str]) -> p
     """Compare each student with the teacher, on the rows that both have judged.
 
     Returns:
-        One row for each student, with these columns: `n` (rows on which both judgements are
-        valid), `correlation`, `spearman`, `kappa` (quadratic weights), `mae` (in points of the
-        score) and `coverage`. Then come the 95 % intervals, as `<figure>_low` and `<figure>_high`.
+        One row for each student: `n` (rows on which both judgements are valid), then the figures of
+        METRICS (see `agreement`) with their 95 % intervals (see `measured`).
 
     Source: the original correctness notebook, which reports n and the correlation.
     """
@@ -265,14 +255,10 @@ def correctness_report(rows: list[dict], teacher: str, students: list[str]) -> p
 
 
 def compare_students(rows: list[dict], teacher: str, student: str, other: str) -> pd.DataFrame:
-    """Compare how close `student` and `other` are to the teacher, on the same rows.
+    """Compare how close `student` and `other` are to the teacher, on the rows valid for all three.
 
-    Returns:
-        The table of `paired`, for `correlation`, `kappa` and `mae`. It uses the rows on which all
-        three judgements are valid; `n` is the number of these rows.
-
-    Raises:
-        ValueError: There is no such row.
+    The table is that of `paired`, for `correlation`, `kappa` and `mae`. It is a ValueError if there
+    is no such row, or if `student` is `other`.
     """
     judges = (teacher, student, other)
     rows = valid_rows(rows, judges)

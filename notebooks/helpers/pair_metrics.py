@@ -3,61 +3,50 @@
 import numpy as np
 import pandas as pd
 
-from .metrics import by_judge, evaluation_of, interval, measured
+from .judge import SCORES
+from .metrics import by_judge, interval, judgements, measured
 
-FLIPPED = ("corrected", "as_published")
 RATES = ("agreement_rate", "correlation", "jaccard", "coverage", "agreement_overall", "kappa")
-PLACES = {"A": 1, "B": -1, "C": 0}  # what a verdict prefers: the first place, the second, none
 
 
-def _verdicts(row: dict, number: int, judge: str) -> list[str | None]:
-    evaluation = evaluation_of(row, number, judge)
-    if "verdicts" not in evaluation:
-        raise KeyError(
-            f"row {number}: the judgement by {judge!r} has no 'verdicts' of both orders (the "
-            "published rows do not have them)"
-        )
-    return evaluation["verdicts"]
+def _verdicts(rows: list[dict], judge: str) -> list:
+    evaluations = judgements(rows, judge)
+    for number, evaluation in enumerate(evaluations):
+        if "verdicts" not in evaluation:
+            raise KeyError(
+                f"row {number}: the judgement by {judge!r} has no 'verdicts' of both orders (the "
+                "published rows do not have them)"
+            )
+    return [evaluation["verdicts"] for evaluation in evaluations]
 
 
 def pair_scores(
     rows: list[dict], judge: str, flipped: str = "corrected"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A judge's scores, and which judgements are invalid.
+    """A judge's scores, and which judgements are invalid: (scores, invalid), each (rows,).
 
-    The rows hold a score as its order gave it. `flipped="corrected"` reverses a score from the
-    flipped order. `flipped="as_published"` keeps it unchanged, as the original notebooks did.
-
-    Returns:
-        (scores, invalid), each of shape (rows,). A score is 1 for the first answer, 0 for the
-        second and 0.5 for a tie. It is NaN where the judge reached no verdict.
-
-    Raises:
-        KeyError: A row has no judgement by that judge, or more than one.
+    A score is 1 for the first answer, 0 for the second and 0.5 for a tie. It is NaN where the judge
+    reached no verdict. The rows hold a score as its order gave it. `flipped="corrected"` reverses a
+    score from the flipped order. `flipped="as_published"` keeps it, as the original notebooks did.
+    A KeyError names a row without a judgement.
     """
-    if flipped not in FLIPPED:
-        raise ValueError(f"flipped={flipped!r}: expected one of {', '.join(FLIPPED)}")
-    scores, invalid = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
-    for number, row in enumerate(rows):
-        evaluation = evaluation_of(row, number, judge)
-        score, source = evaluation["score"], evaluation["source"]
-        if score is None:
-            invalid[number] = True
-        elif source == "flipped" and flipped == "corrected":
-            scores[number] = 1 - score
-        elif source in ("original", "flipped"):
-            scores[number] = score
-    return scores, invalid
+    if flipped not in ("corrected", "as_published"):
+        raise ValueError(f"flipped={flipped!r}: expected 'corrected' or 'as_published'")
+    said = pd.DataFrame(judgements(rows, judge), columns=["score", "source"])
+    scores = said["score"].where(said["source"].isin(["original", "flipped"])).astype(float)
+    if flipped == "corrected":
+        scores = scores.where(said["source"] != "flipped", 1 - scores)
+    return scores.to_numpy(), said["score"].isna().to_numpy()
 
 
 def pair_agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     """The figures of RATES for two arrays of scores as from `pair_scores`.
 
-    The first three figures are those of the original. They use the rows on which both judges
-    reached a verdict: agreement rate, Pearson's correlation, and the Jaccard index, weighted by the
-    teacher's verdicts. The other figures use all rows on which the teacher reached a verdict: how
-    often the student reached one too, how often it agreed, and Cohen's kappa. Kappa counts "no
-    verdict" as a verdict of its own. A figure is NaN where it is undefined.
+    The first three are those of the original, on the rows on which both judges reached a verdict:
+    agreement rate, Pearson's correlation, and the Jaccard index, weighted by the teacher's
+    verdicts. The others use all rows on which the teacher reached a verdict: how often the student
+    reached one too, how often it agreed, and Cohen's kappa, which counts "no verdict" as a verdict
+    of its own. A figure is NaN where it is undefined.
     """
     judged = ~np.isnan(teacher)
     x, y = teacher[judged], student[judged]
@@ -83,10 +72,10 @@ def pairwise_report(
     """Compare each student with the teacher on pairs.
 
     Returns:
-        One row for each student, with these columns: `inconclusive` (pairs on which the two orders
-        contradict each other), `agreements` out of `compared` (pairs on which both judges reached a
-        verdict), the figures of RATES (see `pair_agreement`), their 95 % intervals as
-        `<figure>_low` and `<figure>_high`, and the number of `invalid` judgements.
+        One row for each student: `inconclusive` (pairs on which the two orders contradict each
+        other), `agreements` out of `compared` (pairs on which both judges reached a verdict), the
+        figures of RATES (see `pair_agreement`) with their 95 % intervals (see `measured`), and the
+        number of `invalid` judgements.
 
     Source: the original pairwise notebook, which has the first six, with flipped="as_published".
     """
@@ -108,16 +97,12 @@ def pairwise_report(
 def compare_pair_students(
     rows: list[dict], teacher: str, student: str, other: str, flipped: str = "corrected"
 ) -> pd.Series:
-    """Compare how often `student` and `other` agree with the teacher.
-
-    The function counts all pairs on which the teacher reached a verdict. A student that reached no
-    verdict does not agree.
+    """Compare how often `student` and `other` agree with the teacher, where it reached a verdict.
 
     Returns:
         How many pairs `both`, `only <student>`, `only <other>` and `neither` got right; the
         `difference` of the two rates with its 95 % interval (`low`, `high`); the two-sided `p` of
-        the exact McNemar test (a binomial test on the pairs that only one got right). The test
-        assumes independent pairs. The interval does not.
+        the exact McNemar test, which, unlike the interval, assumes independent pairs.
     """
     from scipy.stats import binomtest
 
@@ -149,45 +134,37 @@ def compare_pair_students(
 def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
     """Measure how the order of the answers influences each judge.
 
-    A judge prefers a place if it chooses the answer at that place in one order, and chooses the
-    same place or a tie in the other order.
-
     Returns:
-        One row for each judge, with these columns: `pairs` (with a readable verdict in both
-        orders), and three shares of these pairs with their 95 % intervals: `consistency` (both
-        orders give the same result), `prefers_first` and `prefers_second`.
+        One row for each judge: `pairs` (with a readable verdict in both orders), and shares of them
+        with 95 % intervals: `consistency` (both orders give the same result), `prefers_first` and
+        `prefers_second` (the judge chooses this place in one order, and it or a tie in the other).
     """
     names = ("consistency", "prefers_first", "prefers_second")
 
     def cells(judge: str) -> dict:
-        verdicts = [_verdicts(row, number, judge) for number, row in enumerate(rows)]
-        read = np.array([None not in pair for pair in verdicts])
-        # The sum over both orders is positive if the judge prefers the first place.
-        sums = [sum(PLACES[verdict] for verdict in pair if verdict) for pair in verdicts]
-        preferred = np.sign(sums)
+        # Positive if the judge prefers the first place; NaN if a verdict is missing.
+        verdicts = _verdicts(rows, judge)
+        lean = [SCORES.get(one, np.nan) + SCORES.get(other, np.nan) - 1 for one, other in verdicts]
+        preferred = np.sign(lean)
 
         def shares(at: np.ndarray) -> np.ndarray:
-            signs = preferred[at][read[at]]
+            signs = preferred[at][~np.isnan(preferred[at])]
             if not len(signs):
                 return np.full(3, np.nan)
             return np.array([(signs == sign).mean() for sign in (0, 1, -1)])
 
-        return {"pairs": int(read.sum()), **measured(rows, names, shares)}
+        return {"pairs": int(np.isfinite(lean).sum()), **measured(rows, names, shares)}
 
     return by_judge(judges, cells)
 
 
 def order_table(rows: list[dict], judge: str) -> pd.DataFrame:
-    """Count a judge's verdicts in the two orders, as a 3 x 3 table.
-
-    "first" and "second" name the same answers in both orders.
-    """
+    """Count a judge's verdicts in the two orders, 3 x 3. "first" names the same answer in both."""
     in_original = {"A": "first", "C": "tie", "B": "second"}
     in_flipped = {"B": "first", "C": "tie", "A": "second"}
     index = pd.Index(in_original.values(), name="original order")
     table = pd.DataFrame(0, index=index, columns=index.rename("flipped order"))
-    for number, row in enumerate(rows):
-        original, flipped = _verdicts(row, number, judge)
+    for original, flipped in _verdicts(rows, judge):
         if original and flipped:
             table.loc[in_original[original], in_flipped[flipped]] += 1
     return table
@@ -200,19 +177,18 @@ def answer_lengths(row: dict) -> list[int]:
     return [len(answer["text"].split()) for answer in row["answers"]]
 
 
-def length_report(rows: list[dict], judges: list[str], flipped: str = "corrected") -> pd.DataFrame:
+def length_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
     """Measure how often the longer answer wins.
 
     Returns:
-        One row for each judge, with these columns: `with_winner` (pairs of unequal length in which
-        one answer won), and `longer_wins`, the share of these pairs in which the longer answer
-        won, with its 95 % interval. A judge without a preference has 0.5. But the longer answer
-        may also be the better one.
+        One row for each judge: `with_winner` (pairs of unequal length in which one answer won), and
+        `longer_wins`, the share of them that the longer answer won, with its 95 % interval. A judge
+        without a preference has 0.5. But the longer answer may also be the better one.
     """
     longer = np.array([np.sign(first - second) for first, second in map(answer_lengths, rows)])
 
     def cells(judge: str) -> dict:
-        scores, _ = pair_scores(rows, judge, flipped)
+        scores, _ = pair_scores(rows, judge)
         winner = np.where(np.isnan(scores), 0, np.sign(scores - 0.5)) * (longer != 0)
 
         def share(at: np.ndarray) -> np.ndarray:

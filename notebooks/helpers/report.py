@@ -1,10 +1,11 @@
 """Show judgements: tables and plots."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,9 @@ import pandas as pd
 from .finetune import count_tokens
 from .grade_metrics import grading_report, probabilities_of
 from .judge import ACCEPTABLE
-from .metrics import METRICS, correctness_report, evaluation_of, scores_of
+from .metrics import METRICS, by_judge, correctness_report, judgements, scores_of
 from .pair_metrics import pairwise_report
 from .rows import load_rows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas.io.formats.style import Styler
 
 BLUE, GREY, ORANGE = "#2a6f97", "#8d99ae", "#e07a3f"
 
@@ -37,22 +34,20 @@ def with_intervals(
     """
 
     def text(row: pd.Series, metric: str) -> str:
-        values = [round(row[metric + end], digits) for end in ("", "_low", "_high")]
-        # Adding 0.0 turns -0.0 into 0.0.
-        figure, low, high = (f"{value + 0.0:.{digits}f}" for value in values)
-        if np.isnan(values[0]):
+        # The "z" shows -0.00 as 0.00.
+        figure, low, high = (f"{row[metric + end]:z.{digits}f}" for end in ("", "_low", "_high"))
+        if figure == "nan":
             return "–"
-        return figure if np.isnan(values[1]) else f"{figure} [{low}, {high}]"
+        return figure if low == "nan" else f"{figure} [{low}, {high}]"
 
-    columns: dict[str, Any] = dict(report.select_dtypes("integer"))
-    for metric in metrics:
-        columns[metric] = [text(row, metric) for _, row in report.iterrows()]
-    return pd.DataFrame(columns, index=report.index)
+    shown = report.select_dtypes("integer")
+    texts = {metric: [text(row, metric) for _, row in report.iterrows()] for metric in metrics}
+    return shown.assign(**texts)
 
 
-def show_pair(row: dict, judge: str) -> "Styler":
+def show_pair(row: dict, judge: str) -> "pd.io.formats.style.Styler":
     """One pairwise judgement as a table: question, source, answers, verdicts, the judge's reply."""
-    evaluation = evaluation_of(row, 0, judge)
+    [evaluation] = judgements([row], judge)
     first, second = row["answers"]
     cells = {
         "question": row["question"],
@@ -69,85 +64,49 @@ def show_pair(row: dict, judge: str) -> "Styler":
     return table.set_properties(**style).hide(axis="columns")
 
 
-class Design(NamedTuple):
-    """One notebook's design, for `compare_designs`."""
-
-    events: str  # the file with the teacher's chats
-    fixed: tuple[str, ...]  # one text for each row of FIXED
-    report: Callable[..., pd.DataFrame]
-    figure: str  # the most important figure of the report
-    trivial: list[str]  # the trivial judges
-
-
-FIXED = ("judged", "against", "scale", "the teacher is asked", "learnt is")
-FIGURES = {
-    "correlation": "correlation with the teacher",
-    "agreement_overall": "agreement with the teacher",
-    "auc": "area under ROC",
+# What the notebooks fix, in the order of DESIGNS.
+FIXED = {
+    "judged": ("one answer", "two answers", "one answer"),
+    "against": ("a reference answer", "each other and the source", "the context"),
+    "scale": ("1 to 5", "A, B or tie", "0 to 1"),
+    "the teacher is asked": ("once", "in both orders", "three times, sampled"),
+    "learnt is": ("the score", "the verdict that stands", "the score, or its distribution"),
 }
+FIGURES = ("correlation with the teacher", "agreement with the teacher", "area under ROC")
+TRIVIAL = ["overlap", "longer", "constant"]
+TRIVIAL_OF_PAIRS = ["longer", "shorter", "overlap", "first"]
+# For each folder: the name of the chats' file, the report, its main figure, the trivial judges.
 DESIGNS = {
-    "correctness": Design(
-        "correction_finetuning_events.jsonl",
-        ("one answer", "a reference answer", "1 to 5", "once", "the score"),
-        correctness_report,
-        "correlation",
-        ["overlap", "longer", "constant"],
-    ),
-    "pairwise": Design(
-        "pairwise_finetuning_events.jsonl",
-        (
-            "two answers",
-            "each other and the source",
-            "A, B or tie",
-            "in both orders",
-            "the verdict that stands",
-        ),
-        pairwise_report,
-        "agreement_overall",
-        ["longer", "shorter", "overlap", "first"],
-    ),
-    "single_grading": Design(
-        "single_grading_finetuning_events.jsonl",
-        (
-            "one answer",
-            "the context",
-            "0 to 1",
-            "three times, sampled",
-            "the score, or its distribution",
-        ),
-        grading_report,
-        "auc",
-        ["overlap", "longer", "constant"],
-    ),
+    "correctness": ("correction", correctness_report, "correlation", TRIVIAL),
+    "pairwise": ("pairwise", pairwise_report, "agreement_overall", TRIVIAL_OF_PAIRS),
+    "single_grading": ("single_grading", grading_report, "auc", TRIVIAL),
 }
 
 
 def compare_designs(folder: Path) -> pd.DataFrame:
     """The three designs side by side, from the stage files in a snapshot's folder.
 
-    A design without files is left out. A design's column has: what the notebook fixes (in words);
-    the number of rows to learn from and to test on; the teacher's calls for each row and tokens
-    for each training row (`count_tokens`); and the most important figure of the student, of the
-    untrained base and of the best trivial judge, with 95 % intervals.
+    A design that lacks one of its three files is left out. A column says what the notebook fixes;
+    how many rows there are; the teacher's calls and tokens (`count_tokens`) for each training row;
+    and the main figure of the student, the untrained base and the best trivial judge.
     """
     table = {}
-    for name, design in DESIGNS.items():
-        path = folder / name
-        if not (path / "test_qa_complete.jsonl").exists():
+    for place, (name, (chats_of, report_of, figure, trivial)) in enumerate(DESIGNS.items()):
+        files = "train_qa", "test_qa_complete", f"{chats_of}_finetuning_events"
+        paths = [folder / name / f"{file}.jsonl" for file in files]
+        if not all(path.exists() for path in paths):
             continue
-        train = load_rows(path / "train_qa.jsonl")
-        test = load_rows(path / "test_qa_complete.jsonl")
-        chats = load_rows(path / design.events)
-        report = design.report(test, "teacher", ["fine_tuned", "base", *design.trivial])
-        shown = with_intervals(report, (design.figure,))[design.figure]
-        best = report.loc[design.trivial, design.figure].fillna(-np.inf).idxmax()
+        train, test, chats = map(load_rows, paths)
+        report = report_of(test, "teacher", ["fine_tuned", "base", *trivial])
+        shown = with_intervals(report, (figure,))[figure]
+        best = report.loc[trivial, figure].fillna(-np.inf).idxmax()
         table[name] = {
-            **dict(zip(FIXED, design.fixed)),
+            **{what: words[place] for what, words in FIXED.items()},
             "rows to learn from": f"{len(train)}",
             "rows to test on": f"{len(test)}",
             "teacher's calls a row": f"{len(chats) / len(train):.0f}",
             "teacher's tokens a row": f"{sum(count_tokens(chats)) / len(train):,.0f}",
-            "figure": FIGURES[design.figure],
+            "figure": FIGURES[place],
             "student": shown["fine_tuned"],
             "base": shown["base"],
             "best trivial judge": f"{shown[best]} ({best})",
@@ -157,142 +116,129 @@ def compare_designs(folder: Path) -> pd.DataFrame:
 
 def invalid_judgements(rows: list[dict]) -> pd.DataFrame:
     """For each judge: the number of judgements, the number of invalid ones, and the reasons."""
-    table: dict[str, dict] = {}
+    given: dict[str, list] = {}
     for row in rows:
         for evaluation in row.get("evaluations", []):
-            new = {"judgements": 0, "invalid": 0, "reasons": set()}
-            line = table.setdefault(evaluation["llm"], new)
-            line["judgements"] += 1
-            if evaluation["score"] is None:
-                line["invalid"] += 1
-                line["reasons"].add(evaluation.get("invalid", "unknown"))
-    for line in table.values():
-        line["reasons"] = "; ".join(sorted(line["reasons"]))
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("judge")
+            given.setdefault(evaluation["llm"], []).append(evaluation)
+
+    def cells(judge: str) -> dict:
+        said = given[judge]
+        invalid = [one.get("invalid", "unknown") for one in said if one["score"] is None]
+        reasons = "; ".join(sorted(set(invalid)))
+        return {"judgements": len(said), "invalid": len(invalid), "reasons": reasons}
+
+    return by_judge(given, cells)
 
 
 def unread_replies(rows: list[dict]) -> pd.DataFrame:
-    """How many replies of each judge were not read, by the reason.
+    """How many replies of each judge were not read, by the reason, the most frequent first.
 
-    Returns:
-        One row for each judge and reason, the most frequent first, with the number of `replies`. A
-        number in a reason is written as "#". Both orders of a pair count.
+    A number in a reason is written as "#". Both orders of a pair count.
     """
-    counts: dict[tuple[str, str], int] = {}
-    for row in rows:
-        for evaluation in row.get("evaluations", []):
-            for reason in evaluation.get("invalid", "").split("; "):
-                said = re.sub(r"-?\d[\d.,]*", "#", re.sub("^(original|flipped): ", "", reason))
-                if said:
-                    counts[evaluation["llm"], said] = counts.get((evaluation["llm"], said), 0) + 1
-    order = sorted(counts.items(), key=lambda item: (item[0][0], -item[1]))
-    index = pd.MultiIndex.from_tuples([key for key, _ in order], names=["judge", "reason"])
-    return pd.DataFrame({"replies": [count for _, count in order]}, index=index)
+    counts = Counter(
+        (said["llm"], re.sub(r"^(original|flipped): ", "", re.sub(r"-?\d[\d.,]*", "#", reason)))
+        for row in rows
+        for said in row.get("evaluations", [])
+        for reason in said.get("invalid", "").split("; ")
+        if reason
+    )
+    order = sorted(counts, key=lambda one: (one[0], -counts[one]))
+    index = pd.MultiIndex.from_tuples(order, names=["judge", "reason"])
+    return pd.DataFrame({"replies": [counts[one] for one in order]}, index=index)
 
 
-def _axes(columns: int, width: float = 4.2, height: float = 3.8) -> tuple["Figure", np.ndarray]:
-    """A figure with one row of panels."""
+@contextmanager
+def _panels(columns: int, width: float = 4.2, height: float = 3.8) -> Iterator[np.ndarray]:
+    """The axes of a figure with one row of panels. It is shown at the end of the block."""
     import matplotlib.pyplot as plt
 
     size = (width * columns, height)
     figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    try:
+        for axis in axes[0]:
+            axis.spines[["top", "right"]].set_visible(False)
+        yield axes[0]
+        plt.show()
+    finally:
+        plt.close(figure)
 
 
-def plot_scores(
-    rows: list[dict], teacher: str, students: list[str], low: float = 1, high: float = 5
-) -> None:
-    """Each student's scores against the teacher's, in one panel for each student.
+def plot_scores(rows: list[dict], teacher: str, students: list[str]) -> None:
+    """Each student's scores from 1 to 5 against the teacher's, in one panel for each student.
 
     The area of a dot shows its number of rows.
     """
-    room = 0.075 * (high - low)
-    limits = (low - room, high + room)
-    figure, axes = _axes(len(students))
     truth = scores_of(rows, teacher)
-    for axis, student in zip(axes, students):
-        points = pd.Series(zip(truth, scores_of(rows, student))).value_counts()
-        x, y = np.array(points.index.tolist()).T
-        axis.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=0)
-        axis.scatter(x, y, s=24 * points.to_numpy(), color=BLUE, alpha=0.6, linewidths=0)
-        axis.set(title=student, xlabel=f"score of {teacher}", xlim=limits, ylim=limits)
-    axes[0].set_ylabel("score of the student")
-    _show(figure)
+    with _panels(len(students)) as axes:
+        for axis, student in zip(axes, students):
+            points = pd.Series(zip(truth, scores_of(rows, student))).value_counts()
+            x, y = np.array(points.index.tolist()).T
+            axis.plot([1, 5], [1, 5], color=GREY, linewidth=1, zorder=0)
+            axis.scatter(x, y, s=24 * points.to_numpy(), color=BLUE, alpha=0.6, linewidths=0)
+            axis.set(title=student, xlabel=f"score of {teacher}", xlim=(0.7, 5.3), ylim=(0.7, 5.3))
+        axes[0].set_ylabel("score of the student")
 
 
 def plot_judges(
     report: pd.DataFrame, metrics: Sequence[str] = ("correlation", "kappa", "mae")
 ) -> None:
     """Every judge's figures with their intervals, in one panel for each metric."""
-    figure, axes = _axes(len(metrics), height=0.45 * len(report) + 1)
     places = np.arange(len(report))[::-1]
-    for axis, metric in zip(axes, metrics):
-        axis.hlines(places, report[metric + "_low"], report[metric + "_high"], GREY, linewidth=2)
-        axis.scatter(report[metric], places, color=BLUE, zorder=2)
-        labels = report.index if axis is axes[0] else [""] * len(report)
-        axis.set(title=metric, yticks=places, yticklabels=labels)
-        axis.set_ylim(-0.6, len(report) - 0.4)
-        axis.grid(axis="x", color="#e5e5e5")
-    _show(figure)
+    with _panels(len(metrics), height=0.45 * len(report) + 1) as axes:
+        for axis, metric in zip(axes, metrics):
+            low, high = report[metric + "_low"], report[metric + "_high"]
+            axis.hlines(places, low, high, GREY, linewidth=2)
+            axis.scatter(report[metric], places, color=BLUE, zorder=2)
+            labels = report.index if axis is axes[0] else [""] * len(report)
+            axis.set(title=metric, yticks=places, yticklabels=labels)
+            axis.set_ylim(-0.6, len(report) - 0.4)
+            axis.grid(axis="x", color="#e5e5e5")
 
 
-def plot_sweep(report: pd.DataFrame, metrics: Sequence[str], chosen: float | None = None) -> None:
+def plot_sweep(report: pd.DataFrame, metrics: Sequence[str], chosen: float) -> None:
     """A report's figures over its index (a setting), in one panel for each figure.
 
     The band is the interval. The dotted line marks the `chosen` value.
     """
-    figure, axes = _axes(len(metrics), height=2.6)
-    for axis, metric in zip(axes, metrics):
-        low, high = report[metric + "_low"], report[metric + "_high"]
-        axis.fill_between(report.index, low, high, color=GREY, alpha=0.3, linewidth=0)
-        axis.plot(report.index, report[metric], color=BLUE, marker="o", markersize=4)
-        if chosen is not None:
+    with _panels(len(metrics), height=2.6) as axes:
+        for axis, metric in zip(axes, metrics):
+            low, high = report[metric + "_low"], report[metric + "_high"]
+            axis.fill_between(report.index, low, high, color=GREY, alpha=0.3, linewidth=0)
+            axis.plot(report.index, report[metric], color=BLUE, marker="o", markersize=4)
             axis.axvline(chosen, color=BLUE, linewidth=1, linestyle=":")
-        axis.set(title=metric, xlabel=report.index.name)
-    _show(figure)
+            axis.set(title=metric, xlabel=report.index.name)
 
 
-def plot_probabilities(rows: list[dict], teacher: str, judges: list[str], bins: int = 5) -> None:
+def plot_probabilities(rows: list[dict], teacher: str, judges: list[str]) -> None:
     """Each judge's probability that an answer is acceptable: its ROC curve and its reliability.
 
-    The left panel shows the ROC curve. For the right panel, the answers are put in bins of equal
-    counts by the judge's probability. The panel shows the share that the teacher accepts in each
-    bin. On the diagonal, this share equals the probability.
+    For the reliability, the answers are put in five bins of equal counts by the judge's
+    probability. On the diagonal, it equals the share of a bin that the teacher accepts. It is a
+    ValueError if there are more judges than colours.
     """
     from sklearn.calibration import calibration_curve
     from sklearn.metrics import roc_curve
 
-    figure, (roc, reliability) = _axes(2)
-    graded = scores_of(rows, teacher)
     colors = (BLUE, ORANGE, GREY)
     if len(judges) > len(colors):
-        raise ValueError(
-            f"{len(judges)} judges: expected {len(colors)} at most, one for each colour"
-        )
-    for judge, color in zip(judges, colors):
-        p = probabilities_of(rows, judge)
-        valid = ~np.isnan(p) & ~np.isnan(graded)
-        truth, p = graded[valid] > ACCEPTABLE, p[valid]
-        false, true, _ = roc_curve(truth, p)
-        roc.plot(false, true, color=color, label=judge)
-        share, said = calibration_curve(truth, np.clip(p, 0, 1), n_bins=bins, strategy="quantile")
-        reliability.plot(said, share, color=color, marker="o", label=judge)
-    for axis in (roc, reliability):
-        axis.plot([0, 1], [0, 1], color="#d0d0d0", linewidth=1, zorder=0)
-    roc.set(
-        title="ROC",
-        xlabel="share accepted of the unacceptable",
-        ylabel="share accepted of the acceptable",
-    )
-    reliability.set(
-        title="reliability",
-        xlabel="probability that the judge gives",
-        ylabel="share that the teacher accepts",
-    )
-    roc.legend(frameon=False)
-    _show(figure)
+        raise ValueError(f"{len(judges)} judges: expected {len(colors)} at most, one a colour")
+    graded = scores_of(rows, teacher)
+    with _panels(2) as (roc, reliability):
+        for judge, color in zip(judges, colors):
+            p = probabilities_of(rows, judge)
+            valid = ~np.isnan(p) & ~np.isnan(graded)
+            truth, p = graded[valid] > ACCEPTABLE, p[valid]
+            false, true, _ = roc_curve(truth, p)
+            roc.plot(false, true, color=color, label=judge)
+            share, said = calibration_curve(truth, np.clip(p, 0, 1), strategy="quantile")
+            reliability.plot(said, share, color=color, marker="o", label=judge)
+        for axis in (roc, reliability):
+            axis.plot([0, 1], [0, 1], color="#d0d0d0", linewidth=1, zorder=0)
+        roc.set(title="ROC", xlabel="share accepted of the unacceptable")
+        roc.set_ylabel("share accepted of the acceptable")
+        reliability.set(title="reliability", xlabel="probability that the judge gives")
+        reliability.set_ylabel("share that the teacher accepts")
+        roc.legend(frameon=False)
 
 
 def plot_orders(tables: dict[str, pd.DataFrame]) -> None:
@@ -300,22 +246,14 @@ def plot_orders(tables: dict[str, pd.DataFrame]) -> None:
 
     Off the diagonal, the order changed the result.
     """
-    figure, axes = _axes(len(tables), width=3.2, height=3.4)
     most = max(int(table.to_numpy().max()) for table in tables.values())
-    for axis, (judge, table) in zip(axes, tables.items()):
-        axis.imshow(table, cmap="Blues", vmin=0, vmax=max(1, most))
-        for (i, j), count in np.ndenumerate(table):
-            color = "white" if count > most / 2 else "black"
-            axis.text(j, i, str(count or ""), ha="center", va="center", color=color)
-        axis.set_xticks(range(3), table.columns)
-        axis.set_yticks(range(3), table.index)
-        axis.set(title=judge, xlabel="flipped order says")
-    axes[0].set_ylabel("original order says")
-    _show(figure)
-
-
-def _show(figure: "Figure") -> None:
-    import matplotlib.pyplot as plt
-
-    plt.show()
-    plt.close(figure)
+    with _panels(len(tables), width=3.2, height=3.4) as axes:
+        for axis, (judge, table) in zip(axes, tables.items()):
+            axis.imshow(table, cmap="Blues", vmin=0, vmax=max(1, most))
+            for (i, j), count in np.ndenumerate(table):
+                color = "white" if count > most / 2 else "black"
+                axis.text(j, i, str(count or ""), ha="center", va="center", color=color)
+            axis.set_xticks(range(3), table.columns)
+            axis.set_yticks(range(3), table.index)
+            axis.set(title=judge, xlabel="flipped order says")
+        axes[0].set_ylabel("original order says")

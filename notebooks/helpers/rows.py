@@ -2,14 +2,13 @@
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from .settings import ROOT, setting
 
 DATA = ROOT / "data"
 MODES = ("replay", "record", "collect")
-RECORDED = "recorded"
 ESCAPE = "backslashreplace"  # half a character, which UTF-8 cannot hold, becomes JSON's \\uXXXX
 
 
@@ -17,14 +16,9 @@ class DamagedFile(ValueError):
     """A file is not what it must be. The message names file, line and what was expected."""
 
 
-def judge_mode() -> str:
-    """The mode of this run, from `JUDGE_MODE`: "replay", "record" or "collect"."""
-    return known_mode(setting("JUDGE_MODE"))
-
-
-def known_mode(mode: str) -> str:
-    """The mode as it is; ValueError if there is no such mode."""
-    if mode not in MODES:
+def judge_mode(mode: str | None = None) -> str:
+    """The mode of a run, by default from JUDGE_MODE; ValueError if there is no such mode."""
+    if (mode := mode or setting("JUDGE_MODE")) not in MODES:
         raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)} (set by JUDGE_MODE)")
     return mode
 
@@ -32,15 +26,15 @@ def known_mode(mode: str) -> str:
 def snapshot_folder(name: str) -> Path:
     """The folder of a snapshot's part: `data/<name>`, or `data/<SNAPSHOT>/<name>`.
 
-    SNAPSHOT may be a path of its own. A run that records or collects never writes into the
-    bundled snapshot: without SNAPSHOT it writes to `data/recorded`.
+    SNAPSHOT may be a path of its own. Without it, a run that records or collects writes to
+    `data/recorded`.
 
     Raises:
         FileNotFoundError: a replay of a snapshot that is not there.
         ValueError: a recording into the bundled snapshot.
     """
     mode = judge_mode()
-    folder = DATA / (setting("SNAPSHOT") or ("" if mode == "replay" else RECORDED)) / name
+    folder = DATA / (setting("SNAPSHOT") or ("" if mode == "replay" else "recorded")) / name
     if mode != "replay" and folder.resolve() == (DATA / name).resolve():
         raise ValueError(
             f"SNAPSHOT={setting('SNAPSHOT')!r} is the bundled snapshot, which is not recorded "
@@ -82,25 +76,19 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Each writer has a draft of its own, so two processes do not mix their texts.
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        os.chmod(draft, 0o644)
-        with open(handle, "w", encoding="utf-8", errors=ESCAPE, newline="\n") as file:
+        with open(draft, "w", encoding="utf-8", errors=ESCAPE, newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def parse_row(line: bytes, where: str) -> dict:
-    """A line of a JSONL file as a dict. `where` is for the error.
-
-    Raises:
-        DamagedFile: it is not a JSON object in UTF-8.
-    """
+    """A line of a JSONL file as a dict; DamagedFile, with `where`, if it is none."""
     try:
         row = json.loads(line.decode("utf-8"))
     except ValueError as error:  # bad JSON and bad UTF-8 are both ValueErrors

@@ -1,7 +1,4 @@
-"""Settings: the environment variables that say what a run does, and the models that play its roles.
-
-Also here: the two errors that end a call or a run, since every other file may raise them.
-"""
+"""The settings of a run, the models that play its roles, and the errors that end it or a call."""
 
 import json
 import os
@@ -50,11 +47,7 @@ SETTINGS = {
     "FINETUNING_HOURS": ("12", "the longest wait for a fine-tuning job"),
     "POLL_SECONDS": ("30", "the time between two looks at a fine-tuning job or a batch"),
 }
-# What `python -m helpers run` tells its kernels; not for readers.
-INTERNAL = {
-    "PROGRESS": "terminal: progress goes to the terminal and not into the notebook",
-    "KEEP_EMBEDDINGS": "a file that collects the vectors that a notebook uses",
-}
+INTERNAL = ("PROGRESS", "KEEP_EMBEDDINGS")  # what `python -m helpers run` tells its kernels
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_TOKEN", "ENDPOINT_API_KEY")
 # Anything like a key, and a password in a URL.
 KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)")
@@ -81,15 +74,12 @@ class CallFailed(RuntimeError):
 
 def setting(name: str) -> str:
     """A setting or key: from the environment, else from `.env`, else the default or ""."""
-    default = SETTINGS.get(name, ("",))[0]
-    if value := os.environ.get(name):
-        return value
+    value, path = os.environ.get(name), ROOT / ".env"
     # A stray .env cannot turn a replay into a live run, or change its result.
-    if name in ("JUDGE_MODE", "SNAPSHOT") or setting("JUDGE_MODE") == "replay":
-        return default
-    path = ROOT / ".env"
-    in_file = _env_file(path, path.stat().st_mtime_ns) if path.exists() else {}
-    return in_file.get(name) or default
+    heeded = name not in ("JUDGE_MODE", "SNAPSHOT") and setting("JUDGE_MODE") != "replay"
+    if not value and heeded and path.exists():
+        value = _env_file(path, path.stat().st_mtime_ns).get(name)
+    return value or SETTINGS.get(name, ("",))[0]
 
 
 @lru_cache(maxsize=1)
@@ -98,26 +88,20 @@ def _env_file(path: Path, changed: int) -> dict:
 
 
 def cap(name: str) -> float | None:
-    """A setting that is a number above 0; None if it is not set.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    text = setting(name)
+    """A setting that is a number above 0; None if it is not set; ValueError if it is none."""
+    if not (text := setting(name)):
+        return None
     try:
-        value = float(text) if text else None
+        if 0 < (value := float(text)) < float("inf"):
+            return value
     except ValueError:
-        value = -1.0
-    if value is not None and not 0 < value < float("inf"):
-        raise ValueError(f"{name}={text!r}: expected a number above 0")
-    return value
+        pass
+    raise ValueError(f"{name}={text!r}: expected a number above 0")
 
 
 def number(name: str) -> float:
     """A setting that is a number above 0 and has a default."""
-    value = cap(name)
-    assert value is not None, f"{name} has no default"
-    return value
+    return cap(name) or float(SETTINGS[name][0])
 
 
 def id_of(model: str) -> str:
@@ -136,7 +120,7 @@ def served_like(id: str, model: str) -> str:
 
 
 def models_of(snapshot: Path) -> dict[str, str]:
-    """The models of a snapshot's part by role; the roles are the keys of `ROLES`.
+    """{role: model} of a snapshot's part; the roles are the keys of `ROLES`.
 
     A model is an id, then perhaps `@` and the base URL of the endpoint that serves it. "hf:"
     before the id means Hugging Face's inference API, "local:" a model on this machine; all others

@@ -4,21 +4,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from llama_index.core.base.llms.types import (
-    ChatMessage,
-    ChatResponse,
-    CompletionResponse,
-    LLMMetadata,
-    LogProb,
-    MessageRole,
-)
+from llama_index.core.base.llms.types import CompletionResponse, LLMMetadata, LogProb
 from llama_index.core.bridge.pydantic import PrivateAttr
-from llama_index.core.llms import CustomLLM
+from llama_index.core.llms import ChatMessage, ChatResponse, CustomLLM, MessageRole
 from llama_index.core.llms.callbacks import llm_chat_callback
+from numpy import ndarray
 
 from .embeddings import embed
 
@@ -38,44 +33,24 @@ STOPWORDS = frozenset(
 FOLDS = 5
 
 
-def read_sections(messages: list[dict], sections: re.Pattern, name: str) -> Item:
-    """The texts of an evaluator's sections, from the messages of its prompt.
-
-    Args:
-        messages: of the prompt.
-        sections: a pattern with a group a text.
-        name: what the prompt should be, for the error.
-
-    Raises:
-        ValueError: the prompt does not have the sections.
-    """
+def read_prompt(messages: list[dict], sections: re.Pattern = SECTIONS) -> Item:
+    """The texts of an evaluator's prompt; a ValueError if it does not have these `sections`."""
     text = next((message["content"] for message in messages if message["role"] == "user"), "")
     if not (match := sections.search(text)):
-        raise ValueError(f"{name}; this one begins {text[:80]!r}")
+        raise ValueError(
+            "a local judge reads CorrectnessEvaluator's prompt or SingleGradingEvaluator's, and a "
+            f"local judge of pairs PairwiseComparisonEvaluator's; this one begins {text[:80]!r}"
+        )
     return match.groups()
-
-
-def read_prompt(messages: list[dict]) -> Item:
-    """(question, evidence, answer) from CorrectnessEvaluator's or SingleGradingEvaluator's prompt.
-
-    Raises:
-        ValueError: the prompt does not have the evaluators' three sections.
-    """
-    expected = (
-        "a local judge reads CorrectnessEvaluator's prompt, with the sections User Query, "
-        "Reference Answer (or Context) and Generated Answer"
-    )
-    return read_sections(messages, SECTIONS, expected)
 
 
 def items_of(rows: list[dict]) -> list[Item]:
     """The items of correctness rows or, where rows have no reference, of single-grading rows."""
-    answers = [row["response_data"] for row in rows]
-    evidence = [row.get("reference", answer.get("context")) for row, answer in zip(rows, answers)]
-    return [
-        (row["question"], known, answer["text"])
-        for row, known, answer in zip(rows, evidence, answers)
-    ]
+    items: list[Item] = []
+    for row in rows:
+        answer = row["response_data"]
+        items.append((row["question"], row.get("reference", answer.get("context")), answer["text"]))
+    return items
 
 
 def words(text: str) -> set[str]:
@@ -118,61 +93,37 @@ def lexical_features(item: Item) -> tuple[float, ...]:
     return (*features, overlap(reference, answer), given, given - wanted)
 
 
-def featurize(items: list[Item], kinds: str) -> np.ndarray:
-    """Features of items, shape (items, features).
-
-    Args:
-        items: question, evidence and answer, a row each.
-        kinds: "lexical", or "similarity", which adds the encoder's cosines of reference and answer,
-            question and answer, question and reference.
-    """
-    counted = np.array([lexical_features(item) for item in items])
-    if kinds == "lexical":
-        return counted
-    question, reference, answer = (embed([item[i] for item in items]) for i in range(3))
-    pairs = (reference, answer), (question, answer), (question, reference)
-    return np.column_stack([counted, *((one * other).sum(1) for one, other in pairs)])
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def _log_softmax(logits: ndarray) -> ndarray:
     from scipy.special import log_softmax
 
     return log_softmax(logits, axis=1)
 
 
 def distillation_loss(
-    weights: np.ndarray,
-    x: np.ndarray,
-    hard: np.ndarray,
-    soft: np.ndarray,
+    weights: ndarray,
+    x: ndarray,
+    hard: ndarray,
+    soft: ndarray,
     alpha: float = 1.0,
     temperature: float = 1.0,
     strength: float = 0.0,
-) -> tuple[float, np.ndarray]:
+) -> tuple[float, ndarray]:
     """Loss alpha * CE(hard label) + (1 - alpha) * T^2 * KL(teacher || student), and gradient.
 
-    Args:
-        weights: flat, of a (features + 1, verdicts) matrix; its last row is the bias.
-        x: features, (rows, features).
-        hard: the teacher's verdicts, one-hot, (rows, verdicts).
-        soft: the teacher's distributions, (rows, verdicts), each row summing to 1.
-        alpha: share of the hard labels; 1 is plain cross-entropy.
-        temperature: T; both distributions are softened by it in the second term.
-        strength: of the L2 penalty, strength / 2 * sum of squares, without the bias.
-
-    Returns:
-        (loss, gradient), in nats a row; the gradient has the shape of `weights`.
+    `weights` is a (features + 1, verdicts) matrix, flat. Its last row is the bias. The features `x`
+    are (rows, features). The teacher's verdicts `hard`, one-hot, and its distributions `soft` are
+    (rows, verdicts). T, the `temperature`, softens both distributions. A penalty is added:
+    `strength` / 2 * the sum of the squared weights, without the bias. Loss and gradient, which is
+    flat, are in nats a row.
 
     Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"
     (arXiv:1503.02531).
     """
     w = weights.reshape(x.shape[1] + 1, hard.shape[1])
     logits = x @ w[:-1] + w[-1]
-    loss, error = strength / 2 * (w[:-1] ** 2).sum(), np.zeros_like(hard)
-    if alpha > 0:
-        log_student = _log_softmax(logits)
-        loss -= alpha * (hard * log_student).sum() / len(x)
-        error = alpha * (np.exp(log_student) - hard)
+    log_student = _log_softmax(logits)
+    loss = strength / 2 * (w[:-1] ** 2).sum() - alpha * (hard * log_student).sum() / len(x)
+    error = alpha * (np.exp(log_student) - hard)
     if alpha < 1:
         log_student = _log_softmax(logits / temperature)
         teacher = soft ** (1 / temperature)
@@ -186,14 +137,11 @@ def distillation_loss(
     return loss, gradient.ravel()
 
 
-def folds(items: list[Item]) -> list[tuple[np.ndarray, np.ndarray]]:
+def folds(items: list[Item]) -> list[tuple[ndarray, ndarray]]:
     """(train, held out) masks of each fold of cross-validation; the draw is seeded.
 
-    Items with the same question on the same evidence, their first two parts, stay together: no
-    held-out item shares its question with a training item.
-
-    Raises:
-        ValueError: there are fewer questions than folds.
+    Items with the same question on the same evidence, their first two parts, stay together. It is a
+    ValueError if there are fewer questions than folds.
     """
     questions = list(dict.fromkeys(item[:2] for item in items))
     if len(questions) < FOLDS:
@@ -216,98 +164,96 @@ def check_settings(alpha: float, temperature: float) -> None:
 
 
 def fit_head(
-    x: np.ndarray,
-    hard: np.ndarray,
-    soft: np.ndarray,
-    basis: np.ndarray | None = None,
-    **settings: float,
-) -> np.ndarray:
-    """The weights, (features + 1, verdicts), that minimise `distillation_loss`.
+    x: ndarray, hard: ndarray, soft: ndarray, ties: ndarray | None = None, **settings: float
+) -> ndarray:
+    """The weights, (features + 1, verdicts), that minimise `distillation_loss`: L-BFGS from zero.
 
-    By L-BFGS from zero, on one BLAS thread.
-
-    Args:
-        x: features, (rows, features).
-        hard: one-hot verdicts, (rows, verdicts).
-        soft: distributions, (rows, verdicts).
-        basis: (weights, parameters); ties weights together: the weights are basis @ parameters.
-        settings: `alpha`, `temperature` and `strength` of the loss.
+    For `x`, `hard`, `soft` and `settings` see there. `ties`, (features + 1, verdicts), makes each
+    row of the weights a number times its own row.
     """
     from scipy.optimize import minimize
     from threadpoolctl import threadpool_limits
 
     shape = x.shape[1] + 1, hard.shape[1]
 
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        if basis is None:
-            return distillation_loss(parameters, x, hard, soft, **settings)
-        value, gradient = distillation_loss(basis @ parameters, x, hard, soft, **settings)
-        return value, basis.T @ gradient
+    def weights(parameters: ndarray) -> ndarray:
+        return parameters.reshape(shape) if ties is None else parameters[:, None] * ties
 
-    start = np.zeros(np.prod(shape) if basis is None else basis.shape[1])
+    def loss(parameters: ndarray) -> tuple[float, ndarray]:
+        value, gradient = distillation_loss(weights(parameters), x, hard, soft, **settings)
+        return value, gradient if ties is None else (gradient.reshape(shape) * ties).sum(axis=1)
+
+    start = np.zeros(np.prod(shape) if ties is None else shape[0])
     options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7}
     # The matrices are tiny. More BLAS threads wait for one another, at ten times the CPU time.
     with threadpool_limits(1, user_api="blas"):
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
-    return (found if basis is None else basis @ found).reshape(shape)
+        return weights(minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x)
 
 
 @dataclass
 class Student:
-    """A trained judge.
+    """A trained judge."""
 
-    Args:
-        kinds: the kinds of features that it uses.
-        mean: of each feature on the training rows.
-        scale: of each feature.
-        weights: of the head, (features + 1, verdicts).
-        labels: the verdicts.
-        held_out: the distribution of each training item when it was held out, (items, verdicts).
-    """
-
-    kinds: str
-    mean: np.ndarray
-    scale: np.ndarray
-    weights: np.ndarray
-    labels: np.ndarray
-    held_out: np.ndarray | None = None
+    kinds: str  # of features that it uses
+    mean: ndarray  # of each feature on the training rows
+    scale: ndarray  # of each feature
+    weights: ndarray  # of the head, (features + 1, verdicts)
+    labels: ndarray  # the verdicts
+    held_out: ndarray | None = None  # distribution of each training item when it was held out
 
     KINDS: ClassVar[tuple[str, ...]] = ("lexical", "similarity")
     STRENGTHS: ClassVar[tuple[float, ...]] = (0.01, 0.03, 0.1)
+    LABELS: ClassVar[tuple[str, ...]] = ()  # if there are none, the scores of the training rows
 
     @classmethod
     def fit(
         cls,
         items: list[Item],
-        verdicts: list | np.ndarray,
+        verdicts: list | ndarray,
         soft: list[dict] | None = None,
         alpha: float = 1.0,
         temperature: float = 1.0,
     ) -> "Student":
-        """Train on the teacher's verdicts.
+        """Train on the teacher's verdicts: the score of each row, on any scale.
 
         Cross-validation on these items alone chooses the kinds of features and the strength of the
-        penalty. Items with the same question stay together in it.
-
-        Args:
-            items: question, evidence and answer, a row each.
-            verdicts: the teacher's score of each row, on any scale: the hard labels.
-            soft: the teacher's distribution of each row, {score: probability}; by default all on
-                its verdict.
-            alpha: see `distillation_loss`.
-            temperature: see `distillation_loss`.
+        penalty. `soft` has {score: probability} of each row; by default all of it is on the
+        verdict. For `alpha` and `temperature` see `distillation_loss`.
 
         Raises:
-            ValueError: alpha or temperature out of range, or too little to learn from.
+            ValueError: alpha or temperature is out of range, or there is too little to learn from.
         """
         check_settings(alpha, temperature)
-        _check_verdicts(items, list(verdicts))
+        if not items:
+            raise ValueError("no rows to learn from")
+        missing = [n for n, one in enumerate(verdicts) if one is None or one != one]
+        if missing:
+            raise ValueError(
+                f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave "
+                "such rows out"
+            )
+        if len(set(verdicts)) < 2:
+            raise ValueError(
+                f"all {len(items)} rows have the verdict {verdicts[0]}: nothing to learn"
+            )
         soft = soft or [{verdict: 1.0} for verdict in verdicts]
-        labels = cls._labels(verdicts, soft)
+        scores = [*verdicts, *(score for row in soft for score in row)]
+        labels = np.array(cls.LABELS) if cls.LABELS else np.unique(scores)
         hard = (np.asarray(verdicts)[:, None] == labels).astype(float)
         shares = np.array([[row.get(label, 0.0) for label in labels.tolist()] for row in soft])
-        best: Any = (np.inf,)
-        settings = {"alpha": alpha, "temperature": temperature}
+
+        def train(rows: Any, kinds: str, x: ndarray, strength: float) -> Student:
+            x, ties = x[rows], cls._ties(x.shape[1])
+            mean = x.mean(axis=0)
+            if ties is not None:  # A feature that tells A from B is not centred: 0 is the middle.
+                mean[ties[:-1].sum(axis=1) == 0] = 0
+            scale = np.sqrt(((x - mean) ** 2).mean(axis=0))
+            scale = np.where(scale > 1e-9, scale, 1.0)
+            settings = {"alpha": alpha, "temperature": temperature, "strength": strength}
+            weights = fit_head((x - mean) / scale, hard[rows], shares[rows], ties, **settings)
+            return cls(kinds, mean, scale, weights, labels)
+
+        tried: list[tuple] = []
         for kinds in cls.KINDS:
             x = cls.featurize(items, kinds)
             if len(items) < x.shape[1]:
@@ -316,87 +262,53 @@ class Student:
                     "features"
                 )
             for strength in cls.STRENGTHS:
-                settings["strength"] = strength
                 unseen = np.empty(hard.shape)
-                for train, held in folds(items):
-                    taught = cls._fit(kinds, x[train], hard[train], shares[train], labels, settings)
-                    unseen[held] = taught._predict(x[held])
-                error = cls._error(unseen, hard, labels)
-                if error < best[0]:
-                    best = error, kinds, dict(settings), x, unseen
-        _, kinds, settings, x, unseen = best
-        student = cls._fit(kinds, x, hard, shares, labels, settings)
+                for learnt, held in folds(items):
+                    unseen[held] = train(learnt, kinds, x, strength)._predict(x[held])
+                tried.append((cls._error(unseen, hard, labels), unseen, kinds, x, strength))
+        _, unseen, *chosen = min(tried, key=itemgetter(0))
+        student = train(slice(None), *chosen)
         student.held_out = unseen
         return student
 
-    # What a kind of judge has of its own:
+    # Another kind of judge overrides these three:
 
     @staticmethod
-    def featurize(items: list[Item], kinds: str) -> np.ndarray:
-        """The features of items, (items, features)."""
-        return featurize(items, kinds)
+    def featurize(items: list[Item], kinds: str) -> ndarray:
+        """Features, (items, features): "lexical" are counts; "similarity" adds three cosines."""
+        counted = np.array([lexical_features(item) for item in items])
+        if kinds == "lexical":
+            return counted
+        question, reference, answer = (embed([item[i] for item in items]) for i in range(3))
+        pairs = (reference, answer), (question, answer), (question, reference)
+        return np.column_stack([counted, *((one * other).sum(1) for one, other in pairs)])
 
     @staticmethod
-    def _labels(verdicts: Any, soft: list[dict]) -> np.ndarray:
-        return np.unique([*verdicts, *(score for row in soft for score in row)])
-
-    @staticmethod
-    def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, scale) of the features."""
-        return x.mean(axis=0), x.std(axis=0)
-
-    @staticmethod
-    def _basis(features: int) -> np.ndarray | None:
+    def _ties(features: int) -> ndarray | None:
         return None
 
     @staticmethod
-    def _error(probabilities: np.ndarray, hard: np.ndarray, labels: np.ndarray) -> float:
+    def _error(probabilities: ndarray, hard: ndarray, labels: ndarray) -> float:
         """What cross-validation makes small: the squared error of the expected score."""
         return float(((probabilities @ labels - hard @ labels) ** 2).sum())
 
-    def _logits(self, z: np.ndarray) -> np.ndarray:
-        return z @ self.weights[:-1] + self.weights[-1]
+    def _predict(self, x: ndarray) -> ndarray:
+        z = (x - self.mean) / self.scale
+        # Not z @ weights: BLAS may add up each column in another order, and then swapped answers
+        # would not swap P(A) and P(B) to the bit.
+        logits = (z[:, :, None] * self.weights[:-1]).sum(axis=1) + self.weights[-1]
+        return np.exp(_log_softmax(logits))
 
-    # What all kinds share:
-
-    @classmethod
-    def _fit(
-        cls,
-        kinds: str,
-        x: np.ndarray,
-        hard: np.ndarray,
-        soft: np.ndarray,
-        labels: np.ndarray,
-        settings: dict,
-    ) -> "Student":
-        mean, scale = cls._standard(x)
-        scale = np.where(scale > 1e-9, scale, 1.0)
-        weights = fit_head((x - mean) / scale, hard, soft, cls._basis(x.shape[1]), **settings)
-        return cls(kinds, mean, scale, weights, labels)
-
-    def _predict(self, x: np.ndarray) -> np.ndarray:
-        return np.exp(_log_softmax(self._logits((x - self.mean) / self.scale)))
-
-    def probabilities(self, items: list[Item]) -> np.ndarray:
+    def probabilities(self, items: list[Item]) -> ndarray:
         """The student's distribution over `labels`, (items, verdicts)."""
         return self._predict(self.featurize(items, self.kinds))
 
-    def scores(self, items: list[Item]) -> np.ndarray:
-        """The expected score of each item under the student's distribution, (items,).
-
-        Rounded to one decimal, or two where the labels lie within 1: further digits would differ
-        between machines.
-        """
-        return np.round(self.probabilities(items) @ self.labels, self._decimals())
-
-    def _decimals(self) -> int:
-        return 1 if np.ptp(self.labels) > 1 else 2
+    def scores(self, items: list[Item]) -> ndarray:
+        """The expected score of each item, (items,), rounded to `_decimals`."""
+        return np.round(self.probabilities(items) @ self.labels, _decimals(np.ptp(self.labels)))
 
     def llm(self, name: str = "local-student") -> "LocalJudge":
-        """The student as a LlamaIndex LLM, for CorrectnessEvaluator and SingleGradingEvaluator.
-
-        It answers on the scale of the scores that it learnt.
-        """
+        """The student as a LlamaIndex LLM. It answers on the scale of the scores that it learnt."""
 
         def judge(item: Item) -> tuple[float, str, dict]:
             probabilities = self.probabilities([item])[0]
@@ -410,49 +322,34 @@ class Student:
             distribution = dict(zip(self.labels.tolist(), probabilities.tolist()))
             return float(self.scores([item])[0]), reason, distribution
 
-        return LocalJudge(judge, model_name=name, decimals=self._decimals())
+        return LocalJudge(judge, model_name=name, decimals=_decimals(np.ptp(self.labels)))
 
     def save(self, path: str | Path) -> None:
         """Write the student to an `.npz` file (the ending is added where it is missing)."""
-        parts = {name: value for name, value in vars(self).items() if name != "held_out"}
-        np.savez(path, **parts)
+        np.savez(path, **{name: part for name, part in vars(self).items() if name != "held_out"})
 
     @classmethod
     def load(cls, path: str | Path) -> "Student":
         """Read what `save` wrote. Nothing in the file is executed."""
         with np.load(str(path).removesuffix(".npz") + ".npz", allow_pickle=False) as file:
-            parts = {name: file[name] for name in file.files}
-        return cls(**{**parts, "kinds": str(parts["kinds"])})
+            return cls(**{**file, "kinds": str(file["kinds"])})
 
 
-def _check_verdicts(items: list[Item], verdicts: list) -> None:
-    """Raise ValueError where there is nothing to learn."""
-    if not items:
-        raise ValueError("no rows to learn from")
-    missing = [n for n, verdict in enumerate(verdicts) if verdict is None or verdict != verdict]
-    if missing:
-        raise ValueError(
-            f"row {missing[0]} has no verdict of the teacher's (of {len(missing)} rows): leave "
-            "such rows out"
-        )
-    if len(set(verdicts)) < 2:
-        raise ValueError(
-            f"all {len(items)} rows have the verdict {verdicts[0]}: there is nothing to tell apart"
-        )
+def _decimals(extent: float) -> int:
+    """The decimals of a score on a scale of this extent. Further ones differ between machines."""
+    return 1 if extent > 1 else 2
 
 
 class LocalJudge(CustomLLM):
-    """A function of (question, reference, answer) as an LLM: it reads the judge's prompt.
+    """A function of (question, evidence, answer) as an LLM: it reads the judge's prompt.
 
-    Args:
-        judge: returns (score, reason), or (score, reason, {score: probability}). The last becomes
-            the reply's log-probabilities.
-        model_name: its name.
-        decimals: of the score in the reply. Further digits would differ between machines.
+    `judge` returns (score, reason), or (score, reason, {score: probability}). The last becomes the
+    reply's log-probabilities.
     """
 
     model_name: str
-    decimals: int = 1
+    decimals: int = 1  # of the score in the reply
+    sections: ClassVar[re.Pattern] = SECTIONS  # of the prompt
     _judge: Callable = PrivateAttr()
 
     def __init__(self, judge: Callable[[Item], tuple], **settings: Any) -> None:
@@ -466,13 +363,9 @@ class LocalJudge(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """The judge's reply to an evaluator's prompt.
-
-        Raises:
-            ValueError: it is another prompt.
-        """
+        """The judge's reply to an evaluator's prompt; a ValueError if it is another prompt."""
         plain = [{"role": one.role.value, "content": one.content} for one in messages]
-        reply, distribution = self._reply(plain)
+        reply, distribution = self._reply(read_prompt(plain, self.sections))
         tokens = [
             LogProb(token=f"{score:g}", logprob=float(np.log(p)))
             for score, p in distribution.items()
@@ -481,8 +374,8 @@ class LocalJudge(CustomLLM):
         message = ChatMessage(role=MessageRole.ASSISTANT, content=reply)
         return ChatResponse(message=message, logprobs=[tokens] if tokens else None)
 
-    def _reply(self, messages: list[dict]) -> tuple[str, dict]:
-        score, reason, *distribution = self._judge(read_prompt(messages))
+    def _reply(self, item: Item) -> tuple[str, dict]:
+        score, reason, *distribution = self._judge(item)
         return f"{score:.{self.decimals}f}\n{reason}", distribution[0] if distribution else {}
 
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -498,25 +391,21 @@ class LocalJudge(CustomLLM):
 def untrained_judges(constant: float, low: float = 1, high: float = 5) -> dict[str, LocalJudge]:
     """The judges that learn nothing, on a scale from `low` to `high`.
 
-    - `base`: the encoder's cosine of evidence (reference or context) and answer.
-    - `overlap`: F1 of the words of evidence and answer.
-    - `longer`: the longer the better, full marks from 60 words on.
-    - `constant`: always the same score (give it the training rows' median).
+    `base` is the encoder's cosine of evidence (reference or context) and answer, `overlap` the F1
+    of their words. `longer` gives full marks from 60 words on. `constant` always gives the same
+    score (give it the training rows' median).
     """
 
     def scaled(part: float) -> float:
-        return low + (high - low) * min(1.0, max(0.0, part))
-
-    def cosine(item: Item) -> float:
-        return float(np.dot(*embed([item[1], item[2]])))
+        return low + (high - low) * min(1.0, max(0.0, float(part)))
 
     rules: dict[str, Callable[[Item], tuple]] = {
-        "base": lambda item: (scaled(cosine(item)), "Cosine of the embeddings."),
-        "overlap": lambda item: (scaled(overlap(item[1], item[2])), "Words in common."),
+        "base": lambda item: (scaled(np.dot(*embed([*item[1:]]))), "Cosine of the embeddings."),
+        "overlap": lambda item: (scaled(overlap(*item[1:])), "Words in common."),
         "longer": lambda item: (scaled(len(WORD.findall(item[2])) / 60), "Length."),
         "constant": lambda item: (constant, "Always this."),
     }
-    decimals = 1 if high - low > 1 else 2
+    decimals = _decimals(high - low)
     return {
         name: LocalJudge(rule, model_name=name, decimals=decimals) for name, rule in rules.items()
     }

@@ -4,25 +4,24 @@ import asyncio
 import json
 import math
 import re
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, proxy
 
 import pandas as pd
 from llama_index.core.utils import get_tokenizer  # cl100k_base, which comes with LlamaIndex
 
 from ..log import STAGE, CallLog, prompt_text
-from ..settings import STAND_IN, RunStopped, cap, name_of, setting
-
-Price = tuple[float, float]  # dollars per million tokens of prompt and of reply
+from ..settings import RunStopped, cap, name_of, setting
 
 MAX_TOKENS = 1024  # of a reply
 THINKING_TOKENS = 4096  # more, for a model that reasons before it replies
 # OpenAI's models that reason: the o-series, and GPT-5 and later except those named chat.
 REASONING = re.compile(r"(?:[\w-]+/)?(?:ft:)?(?:o\d|gpt-(?:[5-9]|[12]\d)(?!\d))(?!.*-chat)")
+# An entry of PRICES: a model, and two or three figures.
+PRICE = re.compile(r"(\S.*?)\s*=\s*(\d*\.?\d+(?:\s*/\s*\d*\.?\d+){1,2})")
 # Dollars per million tokens of training, which genai-prices does not have. From oreateai.com
 # (gpt-4.1, undated) and tokenmix.ai (gpt-4o-mini, April 2026), read in November 2026. See
 # developers.openai.com/api/docs/pricing before you pay; PRICES adds to these.
@@ -34,12 +33,13 @@ PRICED_AS = {
     "stand-in-question-writer": "gpt-4.1-mini",
     "stand-in-answerer": "gpt-4.1-nano",
 }
+JOB = "finetuning_job.json"  # beside the log: the newest job, and those before it
 BATCH, BATCH_PRICE = "batch", 0.5  # a mark in a row's usage: from a batch, at half the price
 # The longest prompt of the notebooks: three texts of MAX_TOKENS, or two chunks, and instructions.
 PROMPT_TOKENS = 4096
 MARGIN = 1.25  # another tokenizer may count this much more than ours
 
-_budgets: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_budgets: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def reasons(model: str) -> bool:
@@ -52,90 +52,73 @@ def reply_cap(model: str) -> int:
     return MAX_TOKENS + (THINKING_TOKENS if reasons(model) else 0)
 
 
+def price_of(model: str) -> tuple[float, ...]:
+    """Dollars per million tokens of prompt, of reply and of training; NaN where not known.
+
+    PRICES comes before genai-prices (an offline list) and TRAINING_PRICES. A model on this machine
+    costs nothing.
+    """
+    if model.startswith("local:"):
+        return 0.0, 0.0, 0.0
+    given = _of_family(_given(setting("PRICES")), model, ())
+    training = given[2:] or [_of_family(TRAINING_PRICES, model, math.nan)]
+    return *(given[:2] or _listed(name_of(model))), *training
+
+
+def _of_family(table: dict, model: str, default: Any) -> Any:
+    """A model's entry. A dated id has that of its family, a fine-tuned one that of "ft:<base>"."""
+    name = name_of(model)
+    base = re.sub(r"^(ft:[^:]+):.*", r"\1", name)
+    family = re.sub(r"-\d{4}-\d{2}-\d{2}$", "", base)
+    return next((table[one] for one in (name, base, family) if one in table), default)
+
+
 @lru_cache(maxsize=1)
 def _given(text: str) -> dict[str, list[float]]:
     """{model: its prices} from PRICES: of prompt, of reply and perhaps of training."""
     given = {}
     for part in filter(None, map(str.strip, text.split(","))):
-        model, _, figures = part.rpartition("=")
-        try:
-            prices = [float(figure) for figure in figures.split("/")]
-            if not model.strip() or len(prices) not in (2, 3) or not min(prices) >= 0:
-                raise ValueError("not two or three prices of a model")
-        except ValueError as error:
+        if not (found := PRICE.fullmatch(part)):
             raise ValueError(
                 f'PRICES: {part!r}: expected "model=0.15/0.60" or "model=0.15/0.60/3.00", dollars '
                 "per million tokens of prompt, reply and training"
-            ) from error
-        given[model.strip()] = prices
+            )
+        given[found[1]] = [float(figure) for figure in found[2].split("/")]
     return given
 
 
-def _of_family(table: dict, model: str) -> Any:
-    """A model's entry. A dated id has that of its family, a fine-tuned one that of "ft:<base>"."""
-    name = name_of(model)
-    if name not in table and name.startswith("ft:"):
-        name = ":".join(name.split(":")[:2])
-    return table.get(name, table.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", name)))
-
-
-def price_of(model: str) -> Price | None:
-    """Dollars per million tokens of prompt and of reply; None if they are not known.
-
-    PRICES comes first, then genai-prices, an offline list. A model on this machine costs nothing.
-    """
-    if model.startswith("local:"):
-        return 0.0, 0.0
-    if given := _of_family(_given(setting("PRICES")), model):
-        return given[0], given[1]
-    return _listed_price(name_of(model))
-
-
 @lru_cache
-def _listed_price(name: str) -> Price | None:
+def _listed(name: str) -> tuple[float, float]:
     from genai_prices import Usage, calc_price  # half a second, only where prices are asked for
 
+    usage = Usage(input_tokens=1000, output_tokens=1000)
     try:
-        price = calc_price(
-            Usage(input_tokens=1000, output_tokens=1000), model_ref=name, provider_id="openai"
-        )
+        price = calc_price(usage, model_ref=name, provider_id="openai")
     except LookupError:
-        return None
+        return math.nan, math.nan
     return float(price.input_price) * 1000, float(price.output_price) * 1000
 
 
-def training_price_of(model: str) -> float | None:
-    """Dollars per million tokens of training, None if it is not known."""
-    given = {name: three[2] for name, three in _given(setting("PRICES")).items() if len(three) == 3}
-    return _of_family(TRAINING_PRICES | given, model)
-
-
-def training_dollars(model: str, tokens: int) -> float:
-    """Dollars of so many tokens of training; NaN where the price is not known."""
-    price = training_price_of(model)
-    return math.nan if price is None else price * tokens / 1e6
+def dollars_of(model: str, prompt: int = 0, reply: int = 0, trained: int = 0) -> float:
+    """Dollars of so many tokens of a model; NaN where the price is not known."""
+    counts = zip(price_of(model), (prompt, reply, trained))
+    return sum(price * tokens for price, tokens in counts if tokens) / 1e6
 
 
 def priced_as(log: CallLog, name: str) -> str:
     """The model whose price a logged name has: the model behind a persona or a stand-in."""
-    if name.startswith(STAND_IN):
-        known = (model for stand_in, model in PRICED_AS.items() if name.startswith(stand_in))
-        return next(known, name)
-    return log.models.get(name, name)
+    priced = (model for stand_in, model in PRICED_AS.items() if name.startswith(stand_in))
+    return next(priced, log.models.get(name, name))
 
 
-def dollars_of(price: Price | None, prompt: int, reply: int, usage: dict | None = None) -> float:
-    """Dollars of so many tokens; NaN where the price is not known."""
-    if price is None:
-        return math.nan
-    share = BATCH_PRICE if (usage or {}).get(BATCH) else 1
-    return (price[0] * prompt + price[1] * reply) / 1e6 * share
-
-
-def row_dollars(row: dict, model: str) -> float:
-    """Dollars of a row of the log at a model's price; NaN where that is not known."""
-    prompt, reply, _ = tokens_of(row)
-    return dollars_of(price_of(model), prompt, reply, row["usage"])
+def no_price(model: str, training: bool = False) -> str:
+    """What to set where BUDGET_DOLLARS has no price to go by."""
+    what, form = ("training ", "0.15/0.60/3.00") if training else ("", "0.15/0.60")
+    name = name_of(model)
+    return (
+        f"BUDGET_DOLLARS is set, and the price of {what}{name!r} is not known: give it in PRICES, "
+        f'as "{name}={form}" (dollars per million tokens of prompt, reply and training; 0 if free)'
+    )
 
 
 def tokens_of(row: dict) -> tuple[int, int, bool]:
@@ -153,34 +136,18 @@ def prompt_tokens(call: dict) -> int:
     return len(get_tokenizer()(prompt_text(call))) + 4 * len(call["messages"])
 
 
-def no_price(model: str, training: bool = False) -> str:
-    """What to set where BUDGET_DOLLARS has no price to go by."""
-    name, third = name_of(model), "/3.00" if training else ""
-    return (
-        f"BUDGET_DOLLARS is set, and the price of {'training ' if training else ''}{name!r} is not "
-        f'known: give it in PRICES, as "{name}=0.15/0.60{third}" (dollars per million tokens of '
-        f"prompt, reply{' and training' if training else ''}; 0 if free)"
-    )
+def _cost(log: CallLog, row: dict) -> tuple[int, int, bool, str, float]:
+    """What `tokens_of` says, the model whose price is taken, and dollars; NaN without a price."""
+    model, (prompt, reply, reported) = priced_as(log, row["model"]), tokens_of(row)
+    share = BATCH_PRICE if (row["usage"] or {}).get(BATCH) else 1.0
+    return prompt, reply, reported, model, share * dollars_of(model, prompt, reply)
 
 
-def job_path(log: CallLog) -> Path:
-    """Where a snapshot notes its fine-tuning job."""
-    return log.path.with_name("finetuning_job.json")
-
-
-def noted_job(log: CallLog) -> dict:
-    """The fine-tuning job of a snapshot, {} if there is none."""
-    path = job_path(log)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def job_dollars(job: dict) -> float:
-    """Dollars of a fine-tuning job and of those before it; NaN if a price is not known."""
-    return sum(
-        training_dollars(one["base_model"], one["tokens"])
-        for one in [job, *job.get("earlier", [])]
-        if one.get("tokens")
-    )
+def noted_jobs(log: CallLog) -> list[dict]:
+    """The fine-tuning jobs of a snapshot, the newest first."""
+    path = log.path.with_name(JOB)
+    job = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return [job, *job.pop("earlier")] if job else []
 
 
 class Budget:
@@ -191,10 +158,10 @@ class Budget:
     """
 
     def __init__(self, log: CallLog) -> None:
-        self.log = weakref.proxy(log)  # the log may go when its notebook lets it go
+        self.log = proxy(log)  # the log may go when its notebook lets it go
         self._rows, self._counted = 0.0, 0  # dollars of the rows so far, and where these end
         self._unpriced = False
-        self._reserved: list[float] = []  # dollars of each call under way
+        self._asked, self._reserved = 0, 0.0  # calls under way, and the dollars for them
 
     @classmethod
     def of(cls, log: CallLog) -> "Budget":
@@ -203,11 +170,16 @@ class Budget:
 
     def spent(self) -> float:
         """Dollars of the log's rows and fine-tuning jobs. With a cap, all prices must be known."""
-        for row in self.log.rows(self._counted):
-            model = priced_as(self.log, row["model"])
-            self._rows += self._known(model, row_dollars(row, model))
-        self._counted, job = self.log.end, noted_job(self.log)
-        return self._rows + (self._known(job["base_model"], job_dollars(job), True) if job else 0.0)
+        costs = (_cost(self.log, row)[-2:] for row in self.log.rows(self._counted))
+        self._rows += sum(self._known(*cost) for cost in costs)
+        self._counted, dollars = self.log.end, self._rows
+        for job in noted_jobs(self.log):
+            model = job["base_model"]
+            dollars += self._known(model, dollars_of(model, trained=job["tokens"]), training=True)
+        return dollars
+
+    def __str__(self) -> str:
+        return f", ${self.spent():.4f}{' and what has no price' * self._unpriced} so far"
 
     def _known(self, model: str, dollars: float, training: bool = False) -> float:
         """The dollars; 0 where they are not known and there is no cap."""
@@ -216,67 +188,55 @@ class Budget:
         self._unpriced |= math.isnan(dollars)
         return 0.0 if math.isnan(dollars) else dollars
 
-    def __str__(self) -> str:
-        return f", ${self.spent():.4f}{' and what has no price' * self._unpriced} so far"
-
-    def _most(self, calls: tuple[dict, ...]) -> list[float]:
-        """Dollars that each call can cost at most; 0 where there is no cap."""
+    def _most(self, call: dict) -> float:
+        """Dollars that a call can cost at most; 0 where there is no cap."""
         if not cap("BUDGET_DOLLARS"):
-            return [0.0] * len(calls)
-        models = [priced_as(self.log, call["model"]) for call in calls]
-        return [
-            self._known(
-                model,
-                dollars_of(price_of(model), int(MARGIN * prompt_tokens(call)), reply_cap(model)),
-            )
-            for model, call in zip(models, calls)
-        ]
+            return 0.0
+        model, prompt = priced_as(self.log, call["model"]), int(MARGIN * prompt_tokens(call))
+        return self._known(model, dollars_of(model, prompt, reply_cap(model)))
 
-    def _refusal(self, calls: tuple[dict, ...]) -> str:
-        """Why the budget does not allow these calls now; "" if it does."""
-        most_calls, most_dollars = cap("BUDGET_CALLS"), cap("BUDGET_DOLLARS")
-        if most_calls and len(self.log) + len(self._reserved) + len(calls) > most_calls:
-            asked = f", and {len(calls)} more are asked for" if len(calls) > 1 else ""
-            return f"the budget of {most_calls:g} calls is used up{asked} (BUDGET_CALLS)"
-        need, so_far = sum(self._most(calls)), self.spent() + sum(self._reserved)
-        if most_dollars is None or so_far + need <= most_dollars:
+    def _refusal(self, calls: int, dollars: float, what: str) -> str:
+        """Why the budget does not allow so many more calls and dollars now; "" if it does."""
+        most_calls, most = cap("BUDGET_CALLS"), cap("BUDGET_DOLLARS")
+        go_on = "What was answered is kept; raise the cap and run again to go on."
+        if calls and most_calls and len(self.log) + self._asked + calls > most_calls:
+            asked = f", and {calls} more are asked for" if calls > 1 else ""
+            return f"the budget of {most_calls:g} calls is used up{asked} (BUDGET_CALLS). {go_on}"
+        if most is None or (so_far := self.spent() + self._reserved) + dollars <= most:
             return ""
         return (
-            f"the budget of ${most_dollars:g} does not allow another call: ${so_far:.4f} is spent, "
-            f"the next may cost ${need:.4f} (BUDGET_DOLLARS)"
+            f"the budget of ${most:g} does not allow {what}: ${so_far:.4f} is spent, and {what} "
+            f"may cost ${dollars:.4f} (BUDGET_DOLLARS). {go_on}"
         )
-
-    async def room_for(self, *calls: dict) -> None:
-        """While other calls are under way, wait until the budget allows these."""
-        while self._reserved and self._refusal(calls):
-            await asyncio.sleep(0.02)
 
     @contextmanager
     def reserved(self, *calls: dict) -> Iterator[None]:
         """Reserve the most that calls can cost, until they are answered; RunStopped if too much."""
         if stage := STAGE.get():
             stage.spent = self
-        if why := self._refusal(calls):
-            kept = "What was answered is kept; raise the cap and run again to go on."
-            raise RunStopped(f"{why}. {kept}")
-        self._reserved += (most := self._most(calls))
+        n, most = len(calls), sum(map(self._most, calls))
+        if why := self._refusal(n, most, "another call" if n == 1 else f"{n} more calls"):
+            raise RunStopped(why)
+        self._asked, self._reserved = self._asked + n, self._reserved + most
         try:
             yield
         finally:
-            for dollars in most:
-                self._reserved.remove(dollars)
+            self._asked, self._reserved = self._asked - n, self._reserved - most
+
+    @asynccontextmanager
+    async def room_for(self, *calls: dict) -> AsyncIterator[None]:
+        """As `reserved`, but wait first while calls under way leave no room for these."""
+        most = sum(map(self._most, calls))
+        while self._asked and self._refusal(len(calls), most, ""):
+            await asyncio.sleep(0.02)
+        with self.reserved(*calls):
+            yield
 
     def allow_training(self, model: str, tokens: int) -> None:
         """RunStopped if the budget does not allow a fine-tuning job, or its price is not known."""
-        if (most := cap("BUDGET_DOLLARS")) is None:
-            return
-        dollars = self._known(model, training_dollars(model, tokens), training=True)
-        if self.spent() + dollars > most:
-            raise RunStopped(
-                f"the budget of ${most:g} does not allow the fine-tuning job: ${self.spent():.4f} "
-                f"is spent, and {tokens:,} tokens of training cost ${dollars:.4f} "
-                "(BUDGET_DOLLARS). Raise the cap and run again to go on."
-            )
+        dollars = self._known(model, dollars_of(model, trained=tokens), training=True)
+        if why := self._refusal(0, dollars, "the fine-tuning job"):
+            raise RunStopped(why)
 
 
 def cost_table(log: CallLog) -> pd.DataFrame:
@@ -288,24 +248,17 @@ def cost_table(log: CallLog) -> pd.DataFrame:
         where no price is known. A row of the log belongs to the first stage that used it; rows
         that this run did not use have a line of their own.
     """
-    stage_of = {key: place for place, keys in log.used.items() for key in keys}
+    stage_of = {key: stage for (stage, _), keys in log.used.items() for key in keys}
     lines = []
     for row in log.rows():
-        unused = "(not used by this run)", row["model"]
-        stage, model = stage_of.get(bytes.fromhex(row["key"]), unused)
-        prompt, reply, reported = tokens_of(row)
-        priced = priced_as(log, model)
-        dollars = row_dollars(row, priced)
-        lines.append((stage, model, 1, prompt, reply, reported, priced, dollars))
-    if job := noted_job(log):
-        jobs, base, reported = (
-            [job, *job["earlier"]],
-            job["base_model"],
-            bool(job["trained_tokens"]),
-        )
-        trained = sum(one["tokens"] for one in jobs)
-        line = "fine-tuning", base, len(jobs), trained, 0, reported, base, job_dollars(job)
-        lines.append(line)
+        stage = stage_of.get(row["key"], "(not used by this run)")
+        lines.append((stage, row["model"], 1, *_cost(log, row)))
+    rank = {place: number for number, place in enumerate(log.used)}
+    lines.sort(key=lambda line: rank.get(line[:2], len(rank)))
+    for job in noted_jobs(log):
+        model, tokens, reported = job["base_model"], job["tokens"], bool(job["trained_tokens"])
+        dollars = dollars_of(model, trained=tokens)
+        lines.append(("fine-tuning", model, 1, tokens, 0, reported, model, dollars))
     names = ["stage", "model", "calls", "prompt tokens", "reply tokens", "tokens", "priced as", "$"]
     table = pd.DataFrame(lines, columns=names)
     if table.empty:
@@ -315,8 +268,6 @@ def cost_table(log: CallLog) -> pd.DataFrame:
         {**sums, "tokens": "mean", "priced as": "first", "$": lambda part: part.sum(skipna=False)}
     )
     table["tokens"] = table["tokens"].map({0.0: "counted", 1.0: "reported"}).fillna("some counted")
-    order = [place for place in log.used if place in table.index]
-    table = table.loc[order + [place for place in table.index if place not in log.used]]
     total = table[[*sums, "$"]].sum(skipna=False)
     table.loc[("in all", ""), :] = {**total, "tokens": "", "priced as": ""}
     return table.astype(dict.fromkeys(sums, int)).round({"$": 4})

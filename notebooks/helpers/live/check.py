@@ -5,35 +5,14 @@ import math
 
 import pandas as pd
 
+from .. import settings
 from ..log import CallLog
 from ..rows import write_text
-from ..settings import (
-    LOCAL,
-    ROLES,
-    STAND_IN,
-    CallFailed,
-    RunStopped,
-    cap,
-    id_of,
-    name_of,
-    noted_models,
-    redact,
-    terminal,
-)
-from .budget import (
-    EPOCHS,
-    PROMPT_TOKENS,
-    dollars_of,
-    no_price,
-    price_of,
-    priced_as,
-    reply_cap,
-    training_dollars,
-)
+from ..settings import LOCAL, ROLES, CallFailed, RunStopped, cap, id_of, name_of, redact
+from .budget import EPOCHS, PROMPT_TOKENS, dollars_of, no_price, priced_as, reply_cap
 from .models import ask_and_block, client_of
 
-# What an endpoint that does not list its models says when it is asked for one.
-LISTS_NONE = (400, 404, 405, 501)
+LISTS_NONE = (400, 404, 405, 501)  # what an endpoint that lists no models answers
 COUNTS = ["calls at most", "tokens at most"]
 COLUMNS = ["role", "model", *COUNTS, "priced as", "$ at most", "endpoint"]
 
@@ -43,9 +22,7 @@ def check_run(
 ) -> pd.DataFrame:
     """Say which models a run asks, and what that can cost at most.
 
-    A run that records is stopped here if a key is missing, a model cannot be reached, the budget
-    has no price to go by, or the log holds answers of other models. Else the models' ids are noted
-    in `models.json` beside the log, for the replay.
+    The models' ids are noted in `models.json` beside the log, for the replay.
 
     Args:
         log: the run's log.
@@ -60,25 +37,27 @@ def check_run(
         endpoint answered.
 
     Raises:
-        RunStopped: says for each role what is wrong and how to mend it.
+        RunStopped: a key is missing, a model cannot be reached, the budget has no price to go by,
+            or the log holds other models' answers. It says for each role how to mend it.
     """
     recording, reached, lines = log.mode == "record", {}, []
-    asked = {role: most for role, most in calls.items() if models[role] != LOCAL}
     wrong = _other_models(log, models)
-    for role, most in asked.items():
-        model = models[role]
+    for role, most in calls.items():
+        if (model := models[role]) == LOCAL:
+            continue
         if recording and model not in reached:
             reached[model] = unreachable(model)
         if why := reached.get(model):
             wrong.append(f"{ROLES[role]} ({role}): {why}")
         # Half of the student's calls go to the fine-tuned model, whose price is higher.
         priced = f"ft:{name_of(model)}" if role == "student" else priced_as(log, model)
-        tokens, reply = PROMPT_TOKENS + reply_cap(priced), reply_cap(priced)
-        dollars = most * dollars_of(price_of(priced), PROMPT_TOKENS, reply)
+        reply = reply_cap(priced)
+        tokens = PROMPT_TOKENS + reply
+        dollars = most * dollars_of(priced, PROMPT_TOKENS, reply)
         parts = [(role, priced, most, most * tokens, dollars)]
         if role == "student" and examples:
             trained = EPOCHS * examples * tokens
-            training = training_dollars(model, trained)
+            training = dollars_of(model, trained=trained)
             parts.append(("student, fine-tuning", model, 1, trained, training))
         for name, priced, *counts, dollars in parts:
             if recording and cap("BUDGET_DOLLARS") and math.isnan(dollars):
@@ -86,25 +65,25 @@ def check_run(
             endpoint = "answers" if model in reached else "not asked"
             lines.append((name, name_of(model), *counts, name_of(priced), dollars, endpoint))
     if wrong:
-        said = "\n".join(f"  {line}" for line in dict.fromkeys(wrong))
-        raise RunStopped(f"this run cannot start:\n{said}")
-    if log.mode != "replay" and not any(one.startswith(STAND_IN) for one in models.values()):
+        raise RunStopped("\n  ".join(["this run cannot start:", *dict.fromkeys(wrong)]))
+    if log.mode != "replay" and not any(
+        one.startswith(settings.STAND_IN) for one in models.values()
+    ):
         ids = {role: id_of(model) for role, model in models.items()}
         write_text(log.path.with_name("models.json"), json.dumps(ids, indent=1) + "\n")
     table = pd.DataFrame(lines, columns=COLUMNS).set_index("role")
     sums = table[[*COUNTS, "$ at most"]].sum(skipna=False)
-    if recording and terminal():
-        most_calls, most_tokens, dollars = sums
+    if recording and (terminal := settings.terminal()):
+        n, tokens, dollars = sums
         price = "an unknown price" if math.isnan(dollars) else f"{dollars:.2f} dollars"
-        said = f"at most {most_calls:,.0f} calls, {most_tokens:,.0f} tokens and {price}"
-        print(said, file=terminal(), flush=True)
+        print(f"at most {n:,.0f} calls, {tokens:,.0f} tokens and {price}", file=terminal)
     table.loc["in all"] = {"model": "", "priced as": "", "endpoint": "", **sums}
     return table.astype(dict.fromkeys(COUNTS, int)).round({"$ at most": 2})
 
 
 def _other_models(log: CallLog, models: dict[str, str]) -> list[str]:
     """What is wrong if the log holds, or waits for, other answers than this run would ask for."""
-    noted = noted_models(log.path.parent) if len(log) and log.mode != "replay" else {}
+    noted = settings.noted_models(log.path.parent) if len(log) and log.mode != "replay" else {}
     wrong = [
         f"{ROLES[role]} ({role}): {log.path.parent} was recorded with {noted[role]!r}, and this "
         f"run names {id_of(model)!r}. Name another folder (SNAPSHOT), or delete its models.json "
@@ -126,23 +105,19 @@ def unreachable(model: str) -> str:
 
     An endpoint that does not list its models passes.
     """
-    if model == LOCAL or model.startswith("local:"):
+    if model.startswith("local:"):
         return ""
-    name, known = name_of(model), []
     try:
         with client_of(model) as client:
-            url = redact(str(client.base_url))
-            for look in (lambda: client.models.retrieve(name), lambda: client.models.list()):
-                try:
-                    found = ask_and_block(look)
-                except (RunStopped, CallFailed) as error:
-                    if error.status not in LISTS_NONE:
-                        return str(error)
-                else:
-                    known = [one.id for one in getattr(found, "data", [])]
-                    break
-    except RunStopped as error:
-        return str(error)
-    if not known or name in known:
+            try:
+                ask_and_block(client.models.retrieve, name_of(model))
+                return ""
+            except (RunStopped, CallFailed) as error:
+                if error.status not in LISTS_NONE:
+                    raise
+            known = [one.id for one in ask_and_block(client.models.list).data]
+    except (RunStopped, CallFailed) as error:
+        return "" if error.status in LISTS_NONE else str(error)
+    if not known or name_of(model) in known:
         return ""
-    return f"{url} does not have it, but {', '.join(known[:8])}"
+    return f"{redact(str(client.base_url))} does not have it, but {', '.join(known[:8])}"

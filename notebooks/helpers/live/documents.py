@@ -8,10 +8,14 @@ from llama_index.core.readers.base import BaseReader
 from llama_index.core.schema import Document
 from tenacity import Retrying
 
-from ..settings import redact, setting
+from ..settings import setting
 from .models import retry_policy, status_of
 
 USER_AGENT = "distilling-llm-judges/1.0 (a tutorial; no contact given)"
+REFUSED = {
+    403: "refused (403): set WIKIPEDIA_USER_AGENT to a name with a way to reach you",
+    429: "too many requests (429): run again later",
+}
 
 
 class Wikipedia(BaseReader):
@@ -19,21 +23,10 @@ class Wikipedia(BaseReader):
 
     The package `wikipedia` under it searches for a "better" title, talks plain http under its
     author's name, and takes a refusal (403, 429) for broken JSON.
-
-    Args:
-        user_agent: names you, with a way to reach you, as Wikimedia's policy asks; by default
-            WIKIPEDIA_USER_AGENT.
     """
 
-    def __init__(self, user_agent: str = "") -> None:
-        self.user_agent = user_agent or setting("WIKIPEDIA_USER_AGENT") or USER_AGENT
-
     def load_data(self, pages: list[str], **load_kwargs: Any) -> list[Document]:
-        """A Document a page, with its title in the metadata. Transient failures are tried again.
-
-        Args:
-            pages: the exact titles.
-            load_kwargs: for `wikipedia.page`.
+        """A Document a page, by its exact title. Transient failures are tried again.
 
         Raises:
             wikipedia.PageError, wikipedia.DisambiguationError: there is no such page, or several.
@@ -43,38 +36,31 @@ class Wikipedia(BaseReader):
         import wikipedia.wikipedia as package
         from llama_index.readers.wikipedia import WikipediaReader
 
-        kwargs, documents = {"auto_suggest": False, **load_kwargs}, []
         original, session = package.requests, requests.Session()
         session.hooks["response"].append(lambda response, **_: response.raise_for_status())
         session.get = functools.partial(session.get, timeout=30)  # type: ignore[method-assign]
-        package.set_user_agent(self.user_agent)
+        package.set_user_agent(setting("WIKIPEDIA_USER_AGENT") or USER_AGENT)
         package.API_URL = package.API_URL.replace("http://en.wiki", "https://en.wiki")
         package.requests = session  # its one use of the module is requests.get
         try:
             with session, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="No parser was explicitly specified")
-                for title in pages:
-                    load = Retrying(**retry_policy())
-                    [document] = load(WikipediaReader().load_data, pages=[title], **kwargs)
-                    documents.append(Document(text=document.text, metadata={"title": title}))
+                load, kwargs = Retrying(**retry_policy()), {"auto_suggest": False, **load_kwargs}
+                read = [load(WikipediaReader().load_data, [title], **kwargs)[0] for title in pages]
         finally:
             package.requests = original
-        return documents
+        return [
+            Document(text=one.text, metadata={"title": title}) for one, title in zip(read, pages)
+        ]
 
     @staticmethod
     def why(error: Exception) -> str:
         """Why a page could not be read, and what to do, in a line."""
-        status = status_of(error)
-        if status == 403:
-            return "refused (403): set WIKIPEDIA_USER_AGENT to a name with a way to reach you"
-        if status == 429:
-            return "too many requests (429): run again later"
         if options := getattr(error, "options", None):
-            more = " …" if len(options) > 5 else ""
-            return f"ambiguous: name one of {', '.join(options[:5])}{more}"
+            return f"ambiguous: name one of {', '.join(options[:5])}"
         if type(error).__name__ == "PageError":
             return "there is no page of exactly this title"
-        return redact(f"{type(error).__name__}: {error}")
+        return REFUSED.get(status_of(error) or 0, f"{type(error).__name__}: {error}")
 
 
 def live_reader() -> BaseReader | None:

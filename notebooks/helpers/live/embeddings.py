@@ -11,7 +11,7 @@ from ..embeddings import local_embedding
 from ..log import CallLog, MissingCall, call_key, kept, make_row
 from ..settings import LOCAL, name_of
 from .budget import Budget
-from .models import TIMEOUT, ask, ask_and_block, client_of
+from .models import TIMEOUT, access, ask, ask_and_block
 
 
 class HostedEmbedding(BaseEmbedding):
@@ -31,34 +31,29 @@ class HostedEmbedding(BaseEmbedding):
     _log: CallLog = PrivateAttr()
     _model: str = PrivateAttr()
 
-    def __init__(self, model: str, log: CallLog, **settings: Any) -> None:
-        super().__init__(model_name=name_of(model), embed_batch_size=64, **settings)
+    def __init__(self, model: str, log: CallLog) -> None:
+        super().__init__(model_name=name_of(model), embed_batch_size=64)
         self._log, self._model = log, model
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         if new := self._new(texts):
-            with Budget.of(self._log).reserved(*new):
-                asked = [call["messages"][0]["content"] for call in new]
-                client = self._client()
-                self._keep(new, ask_and_block(lambda: client.get_text_embedding_batch(asked)))
+            with Budget.of(self._log).reserved(*new.values()):
+                vectors = ask_and_block(self._client().get_text_embedding_batch, list(new))
+                self._keep(new, vectors)
         return self._kept(texts)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         """As above, without blocking the event loop, in which chats may be under way."""
         if new := self._new(texts):
-            budget = Budget.of(self._log)
-            await budget.room_for(*new)
-            with budget.reserved(*new):
-                asked = [call["messages"][0]["content"] for call in new]
-                client = self._client()
-                self._keep(new, await ask(lambda: client.aget_text_embedding_batch(asked)))
+            async with Budget.of(self._log).room_for(*new.values()):
+                vectors = await ask(self._client().aget_text_embedding_batch, list(new))
+                self._keep(new, vectors)
         return self._kept(texts)
 
     def _client(self) -> BaseEmbedding:
         from llama_index.embeddings.openai import OpenAIEmbedding
 
-        with client_of(self._model, whole_api=True) as client:  # raises where there is none
-            url, key = str(client.base_url), client.api_key
+        url, key = access(self._model, whole_api=True)
         return OpenAIEmbedding(
             model_name=self.model_name, api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0
         )
@@ -67,28 +62,27 @@ class HostedEmbedding(BaseEmbedding):
         message = {"role": "input", "content": text}
         return {"model": self.model_name, "messages": [message], "params": {}, "sample": 0}
 
-    def _new(self, texts: list[str]) -> list[dict]:
-        """The calls that the log does not hold."""
-        calls = [self._call(text) for text in dict.fromkeys(texts)]
-        new = [call for call in calls if not self._log.get(call_key(**call))]
+    def _new(self, texts: list[str]) -> dict[str, dict]:
+        """{text: its call} of the texts that the log does not hold."""
+        calls = {text: self._call(text) for text in texts}
+        new = {text: one for text, one in calls.items() if not self._log.get(call_key(**one))}
         if new and self._log.mode == "replay":
-            raise MissingCall(self._log.explain_missing(new[0]))
+            raise MissingCall(self._log.explain_missing(next(iter(new.values()))))
         if new:
             with kept(self._log, ", so none is asked for"):
                 self._log.open_to_write()
         return new
 
-    def _keep(self, calls: list[dict], vectors: list[list[float]]) -> None:
+    def _keep(self, calls: dict[str, dict], vectors: list[list[float]]) -> None:
         with kept(self._log):
-            for call, vector in zip(calls, vectors, strict=True):
+            for call, vector in zip(calls.values(), vectors, strict=True):
                 packed = base64.b64encode(np.array(vector, dtype="<f2").tobytes()).decode()
                 self._log.append(make_row(call, packed))
 
     def _kept(self, texts: list[str]) -> list[list[float]]:
         found = []
         for text in texts:
-            row = self._log.get(call_key(**self._call(text)))
-            assert row is not None, "every text is in the log by now"
+            row: Any = self._log.get(call_key(**self._call(text)))  # it is there by now
             self._log.use(row)
             vector = np.frombuffer(base64.b64decode(row["response"]), dtype="<f2")
             found.append(vector.astype(float).tolist())
@@ -100,11 +94,8 @@ class HostedEmbedding(BaseEmbedding):
     def _get_query_embedding(self, query: str) -> list[float]:
         return self._get_text_embedding(query)
 
-    async def _aget_text_embedding(self, text: str) -> list[float]:
-        return (await self._aget_text_embeddings([text]))[0]
-
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return await self._aget_text_embedding(query)
+        return (await self._aget_text_embeddings([query]))[0]
 
 
 def embedding_of(model: str, log: CallLog) -> BaseEmbedding:

@@ -2,12 +2,11 @@
 
 import asyncio
 import email.utils
-import operator
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LogProb
@@ -34,6 +33,8 @@ STOPS = {
     403: "the key may not do this",
     404: "there is no such model, or no such address",
 }
+FAILED = ("failed", "cancelled", "expired")
+ENDED = ("succeeded", "completed", *FAILED)  # the last statuses of a fine-tuning job or a batch
 
 
 class Live:
@@ -42,29 +43,23 @@ class Live:
     def __init__(self, model: str | LLM) -> None:
         self.setting = model if isinstance(model, str) else ""
         self._llm = None if isinstance(model, str) else model
-        self._loop: Any = None
 
     def __call__(self) -> LLM:
         """The LLM by itself, without log, budget and retries."""
         if self._llm is None:
-            self._llm = _local(self.setting) or _endpoint(self.setting)
+            make = _local if self.setting.startswith("local:") else _endpoint
+            self._llm = make(self.setting)
         return self._llm
 
     async def ask(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
         """The model's reply to a call. RunStopped or CallFailed if there is none."""
-        budget, loop = Budget.of(log), asyncio.get_running_loop()
-        await budget.room_for(call)
-        with budget.reserved(call):
-            if self._loop is not loop and self.setting and not self.setting.startswith("local:"):
-                # A connection of an older event loop sends its request, and then fails.
-                self._llm = None
-            self._loop, llm = loop, self()
-            return await ask(lambda: llm.achat(messages, **call["params"]))
+        async with Budget.of(log).room_for(call):
+            return await ask(self().achat, messages, **call["params"])
 
     def ask_and_block(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
         """As `ask`, for a call that is not awaited."""
         with Budget.of(log).reserved(call):
-            return ask_and_block(lambda: self().chat(messages, **call["params"]))
+            return ask_and_block(self().chat, messages, **call["params"])
 
 
 def live(model: str | LLM) -> Live:
@@ -72,27 +67,38 @@ def live(model: str | LLM) -> Live:
     return Live(model)
 
 
-def access(model: str) -> tuple[str | None, str]:
-    """(base URL or None for OpenAI's own, key) of a hosted model. RunStopped if it has none."""
+def access(model: str, whole_api: bool = False) -> tuple[str | None, str]:
+    """(base URL or None for OpenAI's own, key) of a hosted model. RunStopped if it has none.
+
+    `whole_api` asks for OpenAI's API with files, batches and embeddings, not for chats alone.
+    """
+    if model.startswith("local:") or whole_api and model.startswith("hf:"):
+        raise RunStopped(
+            f"{id_of(model)!r}: this needs a model behind OpenAI's API, or one compatible with it "
+            "(an id, or id@url)"
+        )
     if model.startswith(settings.STAND_IN):
         raise RunStopped(
-            f"{model!r} is the name of recorded calls, not of a model: set "
-            f"{', '.join(list(settings.ROLES.values())[:3])} (README.md, 'Going live')"
+            f"{model!r} is the name of recorded calls, not of a model: set TEACHER_MODEL, "
+            "WRITER_MODEL, ANSWERER_MODEL (README.md, 'Going live')"
         )
-    own, base = model.partition("@")[2], setting("OPENAI_API_BASE") or setting("OPENAI_BASE_URL")
-    if "@" in (own or base):
+    url, name = model.partition("@")[2], "OPENAI_API_KEY"
+    if model.startswith("hf:"):
+        url, name = url or HUGGING_FACE, "HF_TOKEN"
+    elif url:  # OpenAI's key goes to no other host
+        name = "ENDPOINT_API_KEY"
+    else:
+        url = setting("OPENAI_API_BASE") or setting("OPENAI_BASE_URL")
+    if "@" in url:
         raise RunStopped(
             f"{id_of(model)!r}: its endpoint's URL holds a password, which would be shown; give "
-            f"it as {'ENDPOINT_API_KEY' if own else 'OPENAI_API_KEY'} instead"
+            f"it as {name} instead"
         )
-    if own and not model.startswith("hf:"):
-        # OpenAI's key goes to no other host. The client must send a key: a server that wants none
-        # gets "none".
-        return own, setting("ENDPOINT_API_KEY") or "none"
-    names = ["HF_TOKEN", "HUGGING_FACE_TOKEN"] if model.startswith("hf:") else ["OPENAI_API_KEY"]
-    if key := next(filter(None, map(setting, names)), ""):
-        return own or (HUGGING_FACE if model.startswith("hf:") else base) or None, key
-    raise RunStopped(f"no key for {id_of(model)!r}: set {names[0]} in the environment or in .env")
+    if key := setting(name) or (name == "HF_TOKEN" and setting("HUGGING_FACE_TOKEN")):
+        return url or None, key
+    if name == "ENDPOINT_API_KEY":
+        return url, "none"  # the client must send a key, also to a server that wants none
+    raise RunStopped(f"no key for {id_of(model)!r}: set {name} in the environment or in .env")
 
 
 def request_settings(model: str, params: dict) -> dict:
@@ -108,27 +114,15 @@ def request_settings(model: str, params: dict) -> dict:
 
 
 def client_of(model: str, whole_api: bool = False) -> Any:
-    """OpenAI's own client for whatever serves a model, or its `whole_api`: not only chats."""
+    """OpenAI's own client for whatever serves a model. RunStopped as in `access`."""
     import openai
 
-    if model.startswith("local:") or whole_api and model.startswith("hf:"):
-        raise RunStopped(
-            f"{id_of(model)!r}: this needs a model behind OpenAI's API, or one compatible with it "
-            "(an id, or id@url)"
-        )
-    url, key = access(model)
+    url, key = access(model, whole_api)
     return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=0)
 
 
 def _endpoint(model: str) -> LLM:
-    url, key = access(model)
-    return _endpoint_class()(model=name_of(model), api_base=url, api_key=key, max_retries=0)
-
-
-@lru_cache(maxsize=1)
-def _endpoint_class() -> Any:
-    """Made when it is first needed: the clients take seconds to import."""
-    import httpx
+    import httpx  # these clients take seconds to import
     from llama_index.llms.openai import OpenAI
     from openai import AsyncOpenAI, DefaultAioHttpClient
 
@@ -141,16 +135,18 @@ def _endpoint_class() -> Any:
     class Endpoint(OpenAI):
         """OpenAI's client for any model id. LlamaIndex's own refuses ids that it does not know."""
 
-        _opened: Any = PrivateAttr(default=None)
-        _open_client: Any = PrivateAttr(default=None)
+        _loop: Any = PrivateAttr(default=None)
+        _opened: Any = PrivateAttr()
+        _open_client: Any = PrivateAttr()
 
         @property
         def metadata(self) -> LLMMetadata:
             return LLMMetadata(model_name=self.model, is_chat_model=True)
 
         async def achat(self, messages: Any, **kwargs: Any) -> ChatResponse:
-            if self._open_client is None:
-                self._opened = opened(self.api_base, self.api_key)
+            # A connection of an older event loop sends its request, and then fails.
+            if self._loop is not (loop := asyncio.get_running_loop()):
+                self._loop, self._opened = loop, opened(self.api_base, self.api_key)
                 self._open_client = await anext(self._opened)
             # The client's typed method checks every field, which doubles what a call costs.
             plain = [{"role": one.role.value, "content": one.content} for one in messages]
@@ -159,26 +155,29 @@ def _endpoint_class() -> Any:
             raw = (await self._open_client.post(path, cast_to=cast_to, body=body)).json()
             choice = raw["choices"][0]
             message = ChatMessage(role="assistant", content=choice["message"].get("content"))
-            places = (choice.get("logprobs") or {}).get("content") or []
             tokens = [
-                [
-                    LogProb(token=one["token"], logprob=one["logprob"])
-                    for one in place["top_logprobs"]
-                ]
-                for place in places
+                [LogProb(token=token, logprob=p) for token, p in place.items()]
+                for place in logprobs_of(choice)
             ]
             return ChatResponse(message=message, raw=raw, logprobs=tokens or None)
 
         def _get_model_kwargs(self, **kwargs: Any) -> dict:
             return {"model": self.model, **request_settings(self.model, kwargs)}
 
-    return Endpoint
+    url, key = access(model)
+    return Endpoint(model=name_of(model), api_base=url, api_key=key, max_retries=0)
 
 
-def _local(model: str) -> LLM | None:
-    """The LLM of a model on this machine; None for a hosted one."""
-    if not model.startswith("local:"):
-        return None
+def logprobs_of(choice: dict) -> list[dict[str, float]]:
+    """{alternative: log-probability} of each token of a choice in OpenAI's form; [] without any."""
+    places = (choice.get("logprobs") or {}).get("content") or []
+    tops = [place.get("top_logprobs") or [] for place in places]
+    for top in tops:
+        top.sort(key=lambda one: one["logprob"])  # of a token that is listed twice, the likelier
+    return [{one["token"]: one["logprob"] for one in top} for top in tops] if any(tops) else []
+
+
+def _local(model: str) -> LLM:
     from llama_index.llms.huggingface import HuggingFaceLLM
 
     class Local(HuggingFaceLLM):
@@ -190,8 +189,8 @@ def _local(model: str) -> LLM | None:
                 self.generate_kwargs = sampling if temperature > 0 else {"do_sample": False}
             return super().complete(prompt, formatted=formatted, **kwargs)
 
-    name, cap = name_of(model), reply_cap(model)
-    return Local(model_name=name, tokenizer_name=name, max_new_tokens=cap)
+    name = name_of(model)
+    return Local(model_name=name, tokenizer_name=name, max_new_tokens=reply_cap(model))
 
 
 def status_of(error: BaseException) -> int | None:
@@ -206,33 +205,29 @@ def is_transient(error: BaseException) -> bool:
     import openai
     import requests
 
-    if getattr(error, "code", None) == "insufficient_quota":
+    too_long = (retry_after(error) or 0) > LONGEST_WAIT
+    if too_long or getattr(error, "code", None) == "insufficient_quota":
         return False
     if (status := status_of(error)) is not None:
         return status in (408, 409, 429) or status >= 500 and status != 501  # 501: never will be
-    of_openai = openai.APIConnectionError, httpx.TransportError
-    of_requests = requests.ConnectionError, requests.Timeout
-    return isinstance(error, (*of_openai, *of_requests, ConnectionError, TimeoutError))
+    broken = openai.APIConnectionError, httpx.TransportError, ConnectionError, TimeoutError
+    return isinstance(error, (*broken, requests.ConnectionError, requests.Timeout))
 
 
-def retry_after(error: BaseException) -> float | None:
-    """Seconds that the server asks to wait: `Retry-After` (seconds or a date), `retry-after-ms`."""
+def retry_after(error: BaseException | None) -> float | None:
+    """Seconds that the server asks to wait, in `Retry-After`: a number, or a date."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            return max(0.0, float(headers[name]) / unit)
-        except KeyError:
-            continue
-        except ValueError:
-            date = email.utils.parsedate_tz(headers[name])
-            return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
-    return None
+    said = headers.get("retry-after", "")
+    try:
+        return max(0.0, float(said))
+    except ValueError:
+        date = email.utils.parsedate_tz(said)
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
 
 
 def _wait(state: RetryCallState) -> float:
     """What the server asks for, else a wait that doubles; with jitter, so that calls spread out."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = retry_after(error) if error else None
+    asked = retry_after(state.outcome.exception()) if state.outcome else None
     if asked is not None:
         return asked + random.uniform(0, FIRST_WAIT)
     return wait_exponential_jitter(multiplier=FIRST_WAIT, max=60, jitter=FIRST_WAIT)(state)
@@ -240,12 +235,8 @@ def _wait(state: RetryCallState) -> float:
 
 def retry_policy(again: Callable[[BaseException], bool] = is_transient) -> dict:
     """For tenacity: what to try again, how often, and when."""
-
-    def in_time(error: BaseException) -> bool:
-        return again(error) and (retry_after(error) or 0) <= LONGEST_WAIT
-
     stop = stop_after_attempt(ATTEMPTS)
-    return {"retry": retry_if_exception(in_time), "wait": _wait, "stop": stop, "reraise": True}
+    return {"retry": retry_if_exception(again), "wait": _wait, "stop": stop, "reraise": True}
 
 
 @contextmanager
@@ -260,38 +251,36 @@ def _failing(retrying: AsyncRetrying | Retrying) -> Iterator[None]:
         said, status = redact(raw), status_of(error)
         no_quota = getattr(error, "code", None) == "insufficient_quota"
         why = "the account has no quota left" if no_quota else STOPS.get(status or 0)
-        failure: RunStopped | CallFailed = CallFailed(
-            said + (f" (asked {attempts} times)" if attempts > 1 else "")
-        )
+        failure: RunStopped | CallFailed
         if why:
             failure = RunStopped(f"{why}: {said}. What was answered is kept; run again to go on.")
+        else:
+            failure = CallFailed(said + (f" (asked {attempts} times)" if attempts > 1 else ""))
         failure.status = status
         # The traceback of an error that quotes a key would show the key.
         raise failure from (error if said == raw else None)
 
 
-async def ask(call: Callable[[], Awaitable]) -> Any:
+async def ask(call: Callable[..., Awaitable], *args: Any, **kwargs: Any) -> Any:
     """Await a live call, and again while it fails for a while. RunStopped or CallFailed if not."""
-
-    async def once() -> Any:
-        return await call()
-
     with _failing(retrying := AsyncRetrying(**retry_policy())):
-        return await retrying(once)
+        async for attempt in retrying:
+            with attempt:
+                return await call(*args, **kwargs)
 
 
-def ask_and_block(call: Callable[[], Any]) -> Any:
+def ask_and_block(call: Callable, *args: Any, **kwargs: Any) -> Any:
     """As `ask`, for a call that is not awaited."""
     with _failing(retrying := Retrying(**retry_policy())):
-        return retrying(call)
+        return retrying(call, *args, **kwargs)
 
 
-def start_once(what: str, create: Callable[[], Any]) -> Any:
+def start_once(what: str, create: Callable, **settings: Any) -> Any:
     """Start a paid job or batch. RunStopped if the reply is lost: it may have been started."""
     refused = retry_policy(lambda error: is_transient(error) and status_of(error) is not None)
     try:
         with _failing(retrying := Retrying(**refused)):
-            return retrying(create)
+            return retrying(create, **settings)
     except CallFailed as error:
         if error.status is not None:
             raise
@@ -301,29 +290,34 @@ def start_once(what: str, create: Callable[[], Any]) -> Any:
         ) from error.__cause__
 
 
-def wait_for(
-    what: str,
-    look: Callable[[], Any],
-    ended: tuple,
-    hours: float,
-    tell: Callable[[str], None],
-    state: Callable[[Any], str] = operator.attrgetter("status"),
-) -> Any:
-    """Look at a job or a batch every POLL_SECONDS until its status is in `ended`, and return it.
+def tell(text: str) -> None:
+    """Print a line at once: in the terminal if make runs the notebook, else where it is called."""
+    print(text, file=settings.terminal(), flush=True)
 
-    `look` raises CallFailed where it cannot be seen; `tell` gets each new `state` as a line.
-    RunStopped if it has not ended in so many `hours`: it goes on, and the next run waits again.
+
+def wait_for(what: str, look: Callable, id: str, hours: float, note: Path) -> Any:
+    """Look at a job or a batch every POLL_SECONDS until it has ended, and return it.
+
+    It goes on whether it can be seen or not. RunStopped if it has not ended in so many `hours`, or
+    if the account does not know it; `note` is the file that says its id.
     """
-    end, told = time.monotonic() + hours * 3600, None
+    what, end, told = f"{what} {id}", time.monotonic() + hours * 3600, ""
     while True:
         try:
-            found = look()
-            now, over = state(found), found.status in ended
-        except CallFailed as error:  # it goes on, whether we can see it or not
-            now, over = f"not seen ({error})", False
+            found = ask_and_block(look, id)
+            now, ended = found.status, found.status in ENDED
+            if counts := getattr(found, "request_counts", None):
+                now += f", {counts.completed} of {counts.total} answered"
+        except CallFailed as error:
+            now, ended = f"not seen ({error})", False
+        except RunStopped as error:
+            if error.status != 404:
+                raise
+            said = f"{what} is not known to this account. Delete {note} to start a new one."
+            raise RunStopped(said) from error.__cause__
         if now != told:
             tell(f"{what}: {(told := now)}")
-        if over:
+        if ended:
             return found
         if time.monotonic() > end:
             raise RunStopped(

@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import os
 import urllib.request
-from pathlib import Path
 
 from ..rows import DATA
 
@@ -23,42 +22,28 @@ FILES = {
 }
 
 
-def download(url: str | None = None, folder: Path = FOLDER, timeout: float = 60) -> list[str]:
-    """Fetch the files into `folder`; each is checked before it is put in place.
+def download() -> list[str]:
+    """Fetch the files into FOLDER, from PUBLISHED_URL or else the public commit, and check each.
 
-    Args:
-        url: the folder that holds them (http, https or file); by default PUBLISHED_URL, or else the
-            public commit.
-        folder: where they go. Files that are there already are left alone.
-        timeout: in seconds, of each connection.
-
-    Returns:
-        What went wrong, a line a file. Such a file is not in place, and nothing of it is left.
+    Files that are there are left alone. Returns what went wrong, a line a file; such a file is not
+    put in place.
     """
-    url = (url or os.environ.get("PUBLISHED_URL") or URL).rstrip("/")
+    url = (os.environ.get("PUBLISHED_URL") or URL).rstrip("/")
     wrong = []
     for name, expected in FILES.items():
-        path = folder / name
-        if path.exists():
-            if mismatch := _mismatch(path.read_bytes(), expected):
-                wrong.append(f"{path}: is there, but {mismatch}; remove it to fetch it anew")
-            continue
-        draft = path.with_name(path.name + ".part")
+        path = FOLDER / name
+        there = path.exists()
+        source = path.as_uri() if there else f"{url}/{name}"
         try:
-            with urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response:
+            with urllib.request.urlopen(source, timeout=60) as response:
                 data = response.read()  # raises IncompleteRead where the connection breaks
-            if mismatch := _mismatch(data, expected):
-                raise ValueError(mismatch)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(data)
-            os.replace(draft, path)
+            if (found := hashlib.sha256(data).hexdigest()) != expected:
+                hint = "; remove it to fetch it anew" if there else ""
+                said = f"its SHA-256 is {found[:12]}…, expected {expected[:12]}…"
+                raise ValueError(said + hint)
+            if not there:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
         except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-            wrong.append(f"{url}/{name}: {error}")
-            if draft.parent.is_dir():
-                draft.unlink(missing_ok=True)
+            wrong.append(f"{source}: {error}")
     return wrong
-
-
-def _mismatch(data: bytes, expected: str) -> str:
-    found = hashlib.sha256(data).hexdigest()
-    return "" if found == expected else f"its SHA-256 is {found[:12]}…, expected {expected[:12]}…"
