@@ -11,15 +11,24 @@ from collections.abc import Iterator
 
 from llama_index.core.base.llms.types import LogProb
 
-from .wordings import DENIED, MARKER, SCORES, TAKEN_BACK, TOPS, VERDICTS, plain, without_thought
+from .wordings import DENIED, MARKER, SCORES, TAKEN_BACK, TOPS, VERDICTS, plain
 
 WINDOW = 200  # so many characters before a value are looked at
-# What providers call the end of a reply that is whole.
+# Finish reasons of replies that are whole.
 WHOLE = "stop stop_sequence end_turn eos eos_token endoftext complete completed finish".split()
+THOUGHT = r"(?:think(?:ing)?|thoughts?|reasoning)"
+OPENED = rf"[<\[◁]{THOUGHT}\b[^<>\[\]]*[>\]▷]"
+CLOSED = rf"(?:[<\[◁]/{THOUGHT}\s*[>\]▷]|<\|channel\|>final<\|message\|>)\s*"
+
+
+def without_thought(text: str) -> str:
+    """A reply without what the model said to itself, even if its tags are not a pair."""
+    text = re.sub(rf"(?si){OPENED}.*?(?:{CLOSED}|\Z)", "", text)
+    return re.sub(rf"(?si)\A.*{CLOSED}", "", text)
 
 
 def _stated(text: str, tables: list) -> Iterator[tuple[re.Match, bool]]:
-    """Each value that the text states and does not take back, and whether it states it plainly."""
+    """Each value that the text states and does not take back, and whether plainly."""
     for values, leads, other, more in tables:
         for match in values.finditer(text):
             start, end = max(0, match.start("value") - WINDOW), match.end()
@@ -48,13 +57,15 @@ def read_score(reply: str, low: float = 1, high: float = 5) -> tuple[float | Non
         (score, None), or (None, reason). The reason says that the reply has no score, or more than
         one, or one on another scale or outside `low` to `high`.
     """
-    if not without_thought(reply).strip():
+    reply = without_thought(reply)
+    if not reply.strip():
         return None, "empty reply"
     text = plain(reply)
-    end = min({float(max(ends, key=len)) for ends in TOPS.findall(text)} - {high}, default=high)
+    ends = ((end, said["kept"]) for said in TOPS.finditer(text) for end in said.groups())
+    end = min({float(end) for end, kept in ends if end and end != kept} - {high}, default=high)
     found: dict[float, tuple[str, float]] = {}
     possible: dict[float, tuple[str, float]] = {}
-    for match, plainly in _stated(TOPS.sub(" ", text), SCORES):
+    for match, plainly in _stated(TOPS.sub(r"\g<kept> ", text), SCORES):
         top = _number(match["top"]) if match["top"] else 100.0 if match["percent"] else end
         score = round(_number(match["value"]) / top * high, 9) if top else math.inf
         if plainly or low <= score <= high:
@@ -84,8 +95,10 @@ def _number(text: str) -> float:
 def lines_to_score(reply: str) -> int:
     """How many lines of a reply it takes to state a score; 1 if none does."""
     lines = reply.splitlines()
-    starts = ("\n".join(lines[:count]) for count in range(1, len(lines) + 1))
-    return next((n for n, start in enumerate(starts, 1) if any(_stated(plain(start), SCORES))), 1)
+    for count in range(1, len(lines) + 1):
+        if any(_stated(plain(without_thought("\n".join(lines[:count]))), SCORES)):
+            return count
+    return 1
 
 
 def read_score_tokens(
@@ -94,8 +107,7 @@ def read_score_tokens(
     """Read a distribution over scores from the token log-probabilities of one call.
 
     The alternatives to the token of the score are the other scores that the model considered. So
-    the score must be one token. OpenAI's models write a whole number of up to three digits as one
-    token, and 0.85 as several.
+    the score must be one token, as is a whole number of up to three digits for OpenAI's models.
 
     Args:
         logprobs: The alternatives for each token of the reply, as in LlamaIndex's ChatResponse.
@@ -144,15 +156,15 @@ def read_score_tokens(
 def read_verdict(reply: str) -> tuple[str | None, str | None]:
     """Read the verdict in a pairwise judge's reply.
 
-    It is one of the markers [[A]], [[B]], [[C]], or "[[A>B]]" and the like. After a word such as
-    "verdict", a letter will do. A marker that stands alone or after such a word outweighs those in
-    the sentences before it. A line with two different markers states nothing, nor do the options,
-    listed one a line.
+    It is a marker ([[A]], [[B]], [[C]], or "[[A>B]]" and the like), or a letter after a word such as
+    "verdict". A marker that stands alone or after such a word outweighs those in the sentences
+    before it. A line with two different markers, or a list of options, states nothing.
 
     Returns:
         (verdict, None), or (None, reason). The verdict is "A", "B" or "C".
     """
-    if not without_thought(reply).strip():
+    reply = without_thought(reply)
+    if not reply.strip():
         return None, "empty reply"
     lines = plain(reply).split("\n")
     marks = [[_side(mark) for mark in re.finditer(MARKER, line, re.I)] for line in lines]

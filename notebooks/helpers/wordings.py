@@ -34,14 +34,14 @@ SMALL = rf"(?:(?-i:\ba )|{_any('small')})"
 NUMBER = r"[-+]?(?:\d+(?:\.\d+|,(?!\d{3}\b)\d+)?|(?<!\d)[.,]\d+)(?:e[-+]?\d+)?(?: [13]/[234]\b)?"
 UNIT = rf"(?: ?(?:{_bare('units')})(?![a-zа-я]))?"
 SCORE = (  # a number that may be a score, unlike those in "4-5", "4th", "4 dates", "4 for accuracy"
-    rf"(?<![a-z\d_.,/^×+-])(?P<value>{NUMBER}){UNIT}"
+    rf"(?<![a-z\d_.,/^×+-])(?P<value>{NUMBER}){UNIT}(?:\]\]{UNIT})?+"
     rf"(?: ?\(? ?(?:/|{_bare('out_of')}) ?(?:a )?(?:possible |max\w* )?(?P<top>{NUMBER})"
     rf"{UNIT}| ?(?P<percent>%|per ?cent))?"
     rf"(?![.,:]?\d|[a-z_^×+*]| ?[/⁄%]|-\w| ?= ?[a-z]| ?(?:{_bare('counters')})"
     rf"|(?!(?:{_bare('particles')}))[\u3040-\u9fff\uac00-\ud7a3]"
-    r"| ?(?:[-–—~〜]|to\b|or\b|bis\b|oder\b|ou\b) ?\d"
+    r"| ?(?:[-–—~〜]|to\b|or\b|bis\b|oder\b|ou\b|或) ?\d"
     rf"|(?-i: +(?!{_any('after')})[a-zà-öø-ÿа-я])"
-    rf"|[ (]+(?:for|on|in) (?:the )?(?:{ASPECTS}|assistant|first|second|(?-i:[AB])\b))"
+    rf"|[ (]+(?:for|on|in) (?:the )?(?:\w+ )?(?:{ASPECTS}|assistant|first|second|(?-i:[AB])\b))"
 )
 SIDE, TIE = "(?:assistant |response |answer |model |option )?", rf"(?:an? )?{_any('ties')}"
 MARKER = (
@@ -55,7 +55,9 @@ LETTER = (
 # What leads to a value.
 SKIP = rf"(?:[^\w\n<>~≈≤≥.!?-]|-(?!\d)|\([^()\n]*\)|{SMALL})*?"
 IS = rf"[:=|(\[,—–-]|{_any('is')}"
-NAME = rf"(?P<aspect>{ASPECTS}[ :(|—–-]*)?(?:^[^\w\n]*(?:A )?|[^\w\s] *|{SMALL} *){NAMES}"
+NAME = (
+    rf"(?P<aspect>{ASPECTS}[ :(|—–-]*(?![.!?,;\n]))?(?:^[^\w\n]*(?:A )?|[^\w\s] *|{SMALL} *){NAMES}"
+)
 GIVES = (
     rf"(?:\b(?:i|we|i'\w+)\b[^\d.,;:!?\n]{{0,40}}?{_any('i_give')}|{_any('gets')}(?=.*\ba| *\Z)"
     rf"|\b(?:it|this|that)(?:'s| is) an?\b|{_any('gives')})"
@@ -71,44 +73,47 @@ PREFERRED = (
 # Rows: what is before a value, what is after it, and whether the value is plainly stated.
 NUMBERED = [
     (rf"\A\[?{LINE}", r"(?=[^\w\n]*$)", True),  # alone on the first line
-    (rf"^.*(?:{NAMES}|judge?ment|feedback|verdict)[^\w\n]*\n{LINE}", END, True),
+    (rf"^.*(?:{NAMES}|judge?ment|feedback|verdict)(?: {SMALL})?[^\w\n]*\n{LINE}", END, True),
     (rf"[.!?)'] *\n{LINE}", r"(?=[^\w\n.\]]*\Z)", True),  # on the last one
     (rf"^{LINE}", END, False),
     (rf"\A{LINE}", AFTER_OPENING, True),
     (rf"{NAME}{SKIP}(?:{IS}){SKIP}|^[^\w\n]*{NAMES}[^\w\n<>~≈≤≥.,+-]*", "", True),
     (rf"{GIVES}(?:{SKIP}|[^\d.,;:!?\n]{{0,40}}?\b(?:an?|of|at|with|de|von)\b{SKIP})", "", True),
     (rf"(?:^|[,;:] )(?:so )?(?-i:[Aa]) (?:{SMALL} )*(?:{NAMES} of )?|^\W*final\W*", "", True),
-    (r"\[\[ *", "", True),
+    (r"(?:^|[.!?:;,(\[—–-]|[^\x00-\u02ff]) *\[\[ *", "", True),
+    (r"\[\[ *", "", False),
     (rf"(?:{NAME}|{REVISED})(?:(?!{ASPECTS})[^\d.;!?\n]){{0,40}}?", "", False),
 ]
 MARKED = [
-    (rf"{VERDICT}{SKIP}", "", True),
+    (rf"{VERDICT}{SKIP}", r"(?!\W*or\b)", True),
     (r"^[^\w\n\[]*|[:—–-][^\w\n\[]*", r"(?=[^\w\n]*$)", True),
     (r"^[^\w\n\[]*", r"(?=\W*[:.(—–-])", True),
     (r"(?<!\bor )(?<!\band )(?<!\bover )", PREFERRED, False),
 ]
-LETTERED = [(rf"{VERDICT}{SKIP}(?:{IS}|>|\bgoes\b){SKIP}", "", True)]
+LETTERED = [(rf"{VERDICT}{SKIP}(?:{IS}|>|\bgoes\b){SKIP}", r"(?!\W*or\b)", True)]
 MORE = re.compile(  # from a score to another one
-    r"(?im)(?:(?:[^\w\n.]|\([^()\n]*\)|\b(?:and|or|to|perhaps|maybe|possibly|even|vs|then|but)\b)+"
+    r"(?im)(?:(?:[^\w\n.]|\([^()\n]*\)|\b(?:and|or|to|perhaps|maybe|possibly|even|vs|then|but|或)\b)+"
     rf"|[^.!?\n]{{0,80}}?(?:[,;/&]|\b(?:and|or)\b) *(?=[\d.]+(?:\W*$|[,.;)]| for\b))){SCORE}"
 )
-TOPS = re.compile(  # where the scale ends
+TOPS = re.compile(  # where the scale ends; what is named `kept` is read on
     r"(?i)scale\D{0,15}\d+\D{1,9}(\d+)|(\d+)[- ]point scale|(?<!\d )\bout of (\d+)(?! [a-z])"
-    rf"|(?:{NAMES}|\d) *[\[(]\d+ ?(?:-|–|to|bis) ?(\d+)[\])]|(\d+) = (?:best|excellent|perfect)"
-    r"|\bmax\w*\W(?:score|points)?\W*(\d+)|满分(\d+)|(\d+)(?:点満点|점 ?만점)"
-    r"|[01](?:到|至|から|에서) ?(\d+)"
+    rf"|(?P<kept>{NAMES}|\d(?:\]\])?) *[\[(]\d+ ?(?:-|–|to|bis) ?(\d+)(?: scale)?[\])]"
+    r"|(\d+) (?:=|is|being) (?:the )?(?:best|excellent|perfect|highest)"
+    r"|\bmax\w*\W(?:score|points)?\W*(\d+)"
+    r"|满分(\d+)|(\d+)(?:点満点|점 ?만점)|[01](?:到|至|から|에서) ?(\d+)"
 )
 CLAUSE = r"(?:(?!\b(?:so|hence|therefore|thus|but|yet|and i)\b)[^.,;:!?()\n])*"
 DENIED = re.compile(  # before a value, in its clause or sentence
-    rf"(?i)(?:{_any('deny')}|n't\b|{TEXTS} {_any('says')}|不|没){CLAUSE}\Z"
+    rf"(?i)(?:{_any('deny')}|n't\b|{TEXTS} (?:{_any('says')}|{_any('quotes')})|不|没){CLAUSE}\Z"
     rf"|\bnot (?:\w+ )?{NAMES}\W*\Z|\b(?:no|for an?) (?:\w+ of )?\Z"
     rf"|(?:^|[.!?,;:\n] ?)\W*(?:{_any('if')}|if\b(?! i\b)|如果|若|もし)(?:[^.!?\n]|\.\d)*\Z"
 )
 OTHER = re.compile(  # there too: the score is that of another text
-    rf"(?i)(?:{_any('other')}|{TEXTS} (?:(?-i:[AB])|\d|one|two)\b){CLAUSE}\Z"
+    rf"(?i)(?:{_any('other')}|{TEXTS} (?:(?-i:[AB])|\d|one|two)\b"
+    rf"|\b(?:an?|any|every|each) (?:\w+ )?{TEXTS}|reference(?: answer)? {_any('gets')}){CLAUSE}\Z"
 )
 TAKEN_BACK = re.compile(  # right after a value
-    rf"(?i)[^\w\n]{{0,2}}(?:{_any('deny_after')}|was (?!given|assigned)"
+    rf"(?i)[^\w\n]{{0,4}}(?:{_any('deny_after')}|was (?!given|assigned)"
     rf"|is (?!(?:\w+ly |the |my )*{_any('better')}))"
     r"|[^.;\n]{0,30}(?<!even )\bif\b|[^.!\n]{0,200}\?| for [^.\n]*\d[^.\n]* for\b"
     rf"|.{{0,4}}(?:{_bare('not_after')})"
@@ -124,8 +129,6 @@ SCORES = [_table(SCORE, NUMBERED, OTHER, MORE)]
 VERDICTS = [_table(MARKER, MARKED, None, None), _table(LETTER, LETTERED, None, None)]
 
 # How a reply is spelt before it is read.
-THOUGHT = r"(?:think(?:ing)?|thoughts?|reasoning)"
-THOUGHT_ENDS = rf"(?:[<\[◁]/{THOUGHT}\s*[>\]▷]|<\|channel\|>final<\|message\|>)\s*"
 SAME: dict = str.maketrans(
     "“”„«»「」『』‘’【】〔〕−٫→⇒¹²³⁰⁴⁵⁶⁷⁸⁹",
     '"""""""""\'\'[][]-.::^^^^^^^^^^',
@@ -173,7 +176,10 @@ SPELLING: list[tuple[str, str | Callable[[re.Match], str]]] = [  # what is writt
     (r"</?(?:p|br|div|li|ul|ol|t[drh]|h\d)\b[^<>]*>|</[\w-]+>", "\n"),
     (r"<([a-z][^<>\[\]\n]*)>", r"\n\1: "),
     (r"(?<![<>=-])[-=]{1,3}>", ":"),
-    (r"^ *\|([^|\n]+)\|.*\n *\|[-:| ]+\| *\n *\|([^|\n]+)\|.*$(?!\n *\|)", r"\1: \2"),  # a table
+    (
+        r"^ *\|([^|\d\n]+)\|[^\d\n]*\n *\|[-:| ]+\| *\n *\|([^|\n]+)\|.*$(?!\n *\|)",
+        r"\1: \2",
+    ),  # a table
     (r"[*#`{}\"]|^[ \t]*[-•][ \t]+", ""),
     (r"([★⭐]+)(☆+)|[★⭐]{2,}", _stars),
     (r"(?-i:(?<=[a-z])(?=[A-Z]))|(?<=[a-z])_(?=[a-z])|_+", " "),
@@ -184,16 +190,9 @@ SPELLING: list[tuple[str, str | Callable[[re.Match], str]]] = [  # what is writt
 ]
 
 
-def without_thought(text: str) -> str:
-    """A reply without what the model said to itself, even if its tags are not a pair."""
-    opened = rf"[<\[◁]{THOUGHT}\b[^<>\[\]]*[>\]▷].*?(?:{THOUGHT_ENDS}|\Z)"
-    text = re.sub(opened, "", text, flags=re.S | re.I)
-    return re.sub(rf"\A.*{THOUGHT_ENDS}", "", text, flags=re.S | re.I)
-
-
 def plain(reply: str) -> str:
     """The lines of a reply that may state something, spelt in one way."""
-    text = unicodedata.normalize("NFKC", without_thought(reply).translate(SAME))
+    text = unicodedata.normalize("NFKC", reply.translate(SAME))
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
     for pattern, new in SPELLING:
         text = re.sub(f"(?im){pattern}", new, text)
