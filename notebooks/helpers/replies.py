@@ -156,7 +156,7 @@ def read_score_tokens(
 def read_verdict(reply: str) -> tuple[str | None, str | None]:
     """Read the verdict in a pairwise judge's reply.
 
-    It is a marker ([[A]], [[B]], [[C]], or "[[A>B]]" and the like), or a letter after a word such as
+    It is a marker ([[A]], [[B]], [[C]], "[[A>B]]" and the like), or a letter after a word such as
     "verdict". A marker that stands alone or after such a word outweighs those in the sentences
     before it. A line with two different markers, or a list of options, states nothing.
 
