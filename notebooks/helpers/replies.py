@@ -27,10 +27,10 @@ def read_score(reply: str, low: float = 1, high: float = 5) -> tuple[float | Non
     """Read the score in a judge's reply.
 
     Thoughts in <think> tags are left out. The score is alone on a line ("4.5", "**4.0**", "4/5",
-    "Score: 4"). If there is no such line, the score opens the reply ("4 - correct"). If it does not, the score follows a word for it ("I
-    give a score of 4"). Other numbers are not scores. On a scale that begins at 0, a fraction or a
-    percentage is a share of `high`: on a scale to 1, "8/10" and "80 %" are 0.8. On other scales, a
-    fraction must be out of `high`.
+    "Score: 4"). If there is no such line, the score opens the reply ("4 - correct"). If it does
+    not, the score follows a word for it ("I give a score of 4"). Other numbers are not scores. On a
+    scale that begins at 0, a fraction or a percentage is a share of `high`: on a scale to 1, "8/10"
+    and "80 %" are 0.8. On other scales, a fraction must be out of `high`.
 
     Returns:
         (score, None), or (None, reason). The reason says that the reply has no score, or more than
