@@ -381,8 +381,8 @@ print(pd.get_option("display.width") == width)
     assert run.stdout.split("\n") == ["[] []", "True", ""] and not run.stderr
 
 
-LESSON = """settings rows log embeddings generate replies judge student pairs finetune metrics
-grade_metrics pair_metrics report""".split()
+LESSON = """settings rows wordings replies log embeddings generate judge student pairs finetune
+metrics grade_metrics pair_metrics report""".split()
 LIVE = "budget models check collect documents embeddings finetuning published".split()
 HELPERS = ROOT / "notebooks" / "helpers"
 

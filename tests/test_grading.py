@@ -33,8 +33,6 @@ from helpers import (
     plot_probabilities,
     pool_samples,
     probabilities_of,
-    read_score,
-    read_score_tokens,
     readable_events,
     save_events,
     save_rows,
@@ -99,97 +97,11 @@ def judged(rows, llm, name="t", **settings):
     )
 
 
-# Reading
-
-
-@pytest.mark.parametrize(
-    "reply, score",
-    [
-        ("0.8\nFine.", 0.8),
-        ("85 %", 0.85),
-        ("85%\nGood.", 0.85),
-        ("0.8/1", 0.8),
-        ("8/10", 0.8),
-        ("Score: 90 percent", 0.9),
-        ("**1.0**", 1.0),
-        (".7", 0.7),
-        ("0,7", 0.7),
-        ("0", 0.0),
-        ("1", 1.0),
-        ("Score: 0.5/1.0\nHalf.", 0.5),
-        ("0.6 - half of it", 0.6),
-    ],
-)
-def test_what_is_fairly_readable_on_a_scale_to_one_is_read(reply, score):
-    assert read_score(reply, 0, 1) == (score, None)
-
-
-def test_a_share_is_the_number_that_it_says():
-    """70 % as 0.7000000000000001 would be another label than 0.7."""
-    assert [read_score(f"{k}%", 0, 1)[0] for k in range(101)] == [k / 100 for k in range(101)]
-    assert read_score("49/49", 0, 1)[0] == 1
-
-
-@pytest.mark.parametrize(
-    "reply, reason",
-    [
-        ("1.2\nSplendid", "score 1.2 is outside 0 to 1"),
-        ("-0.1", "score -0.1 is outside 0 to 1"),
-        ("120 %", "score 1.2 is outside 0 to 1"),
-        ("85\nGood", "score 85 is outside 0 to 1"),
-        ("I would rather not grade this.", "no score in the reply"),
-        ("", "empty reply"),
-        ("0.4\nor rather\n0.6", "more than one score in the reply: 0.4, 0.6"),
-        ("3/0", "score out of 0, expected out of 1"),
-    ],
-)
-def test_the_rest_is_invalid_with_a_reason(reply, reason):
-    assert read_score(reply, 0, 1) == (None, reason)
-
-
-def test_a_share_is_no_score_where_the_scale_does_not_begin_at_zero():
-    assert read_score("80 %", 1, 5) == (None, "score out of 100, expected out of 5")
-    assert read_score("8/10", 1, 5) == (None, "score out of 10, expected out of 5")
-
-
 def tokens(*places):
     return [
         [LogProb(token=token, logprob=math.log(p)) for token, p in place.items()]
         for place in places
     ]
-
-
-def test_token_probabilities_become_a_distribution():
-    distribution, reason = read_score_tokens(
-        tokens({"90": 0.6, " 70": 0.2, "\n90": 0.1, "The": 0.1}, {"\n": 1.0})
-    )
-    assert reason is None and distribution == {
-        70: pytest.approx(0.2 / 0.9),
-        90: pytest.approx(0.7 / 0.9),
-    }
-    assert list(read_score_tokens(tokens({"Score": 1.0}, {":": 1.0}, {" 80": 1.0}))[0]) == [80]
-    # Where other words were likelier than numbers, the place of the score is further on.
-    assert read_score_tokens(tokens({"Score": 0.9, "10": 0.1}, {" 30": 1.0}))[0] == {30: 1.0}
-    assert read_score_tokens(tokens({"0.9": 0.5, "1": 0.5}), high=1)[0] == {0.9: 0.5, 1: 0.5}
-
-
-@pytest.mark.parametrize(
-    "given, reason",
-    [
-        (tokens({"0": 1.0}, {".": 1.0}, {"85": 1.0}), "spread over several tokens"),
-        (tokens({"8": 1.0}, {"5": 1.0}), "spread over several"),
-        (tokens({"The": 1.0}), "no log-probabilities of a score"),
-        ([], "no log-probabilities of a score"),
-        (
-            tokens({"90": 0.4, "x": 0.3, "y": 0.3}),
-            "only 40% of the probability is on scores from 0 to 100",
-        ),
-        (tokens({"300": 0.6, "90": 0.4}), "only 40%"),
-    ],
-)
-def test_token_probabilities_that_say_too_little_are_invalid(given, reason):
-    distribution, said = read_score_tokens(given)
-    assert distribution == {} and reason in said
 
 
 # Judging

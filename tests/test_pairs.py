@@ -37,7 +37,6 @@ from helpers import (
 from helpers.judge import resolve_orders
 from helpers.pair_metrics import answer_lengths
 from helpers.pairs import PAIR_SECTIONS, PairStudent, answer_features
-from helpers.replies import read_verdict
 from helpers.rows import DATA, DamagedFile
 from helpers.student import read_prompt
 
@@ -71,47 +70,6 @@ def judged(rows, llm, name="t", **settings):
     return asyncio.run(
         judge_rows(rows, PairwiseComparisonEvaluator(llm=llm), name=name, **settings)
     )
-
-
-@pytest.mark.parametrize(
-    "reply, verdict",
-    [
-        ("[[A]]", "A"),
-        ("Because.\n\nFinal Verdict: [[B]]", "B"),
-        ("x\n[[ A ]]", "A"),
-        ("[[a]]", "A"),
-        ("**[[C]]**", "C"),
-        ("Final verdict: [[C]] for a tie.", "C"),
-        ("The verdict is [[B]].", "B"),
-        ("So A is better: [[A]].", "A"),
-        ("[[A]] or [[B]]?\nFinal Verdict: [[B]]", "B"),
-        ("First I thought [[A]].\nBut: [[B]]", "B"),
-        ("[[A]]\nSince B is wrong.", "A"),
-        ("[[A]] - it is right.", "A"),
-        ("<think>\nMaybe [[A]]\n</think>\nB is better: [[B]]", "B"),
-    ],
-)
-def test_a_verdict_is_read_by_the_last_line_that_is_one(reply, verdict):
-    assert read_verdict(reply) == (verdict, None)
-
-
-@pytest.mark.parametrize(
-    "reply, reason",
-    [
-        ("<think>\nMaybe [[A]]\n</think>\nB is better.", "no verdict in the reply"),
-        ("", "empty reply"),
-        ("A is better.", "no verdict in the reply"),
-        ("[A]", "no verdict in the reply"),
-        ("[[D]]", "no verdict in the reply"),
-        ("[[B]] because not [[A]]", "more than one verdict in the reply"),
-        ("[[C]] rather than [[A]]", "more than one verdict in the reply"),
-        ("It is not [[A]]", "a verdict only in passing"),
-        ("better than [[A]].", "a verdict only in passing"),
-        ("'[[A]]' if assistant A is better", "a verdict only in passing"),
-    ],
-)
-def test_what_is_no_verdict_is_invalid_with_a_reason(reply, reason):
-    assert read_verdict(reply) == (None, reason)
 
 
 @pytest.mark.parametrize("original, flipped", list(product("ABC", repeat=2)))

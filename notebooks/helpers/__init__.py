@@ -2,8 +2,8 @@
 
 The files, in the order in which the data flows:
 
-settings, rows, log -> embeddings, generate -> replies, judge -> student, pairs, finetune ->
-metrics, grade_metrics, pair_metrics, report. Imports only ever point back up this list.
+settings, rows, wordings, replies, log -> embeddings, generate -> judge -> student, pairs,
+finetune -> metrics, grade_metrics, pair_metrics, report. Imports only ever point back up this list.
 `__main__` is what make calls. The folder `live` is only for a run that asks a real model; the files
 here never import it, and a notebook hands its models in: `log.llm(NAME, live(NAME))`.
 """
@@ -48,7 +48,7 @@ from .pair_metrics import (
     position_report,
 )
 from .pairs import PairJudge, untrained_pair_judges
-from .replies import read_score, read_score_tokens
+from .replies import read_score, read_score_tokens, without_thought
 from .report import (
     compare_designs,
     invalid_judgements,
@@ -58,6 +58,7 @@ from .report import (
     plot_scores,
     plot_sweep,
     show_pair,
+    unread_replies,
     versions,
     with_intervals,
 )

@@ -1,6 +1,7 @@
 """Fine-tune: judgements -> chats to learn from -> engines that learn."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ from llama_index.core.utils import get_tokenizer
 from .judge import lower_median
 from .log import ROW
 from .pairs import PAIR_SECTIONS, PairStudent
-from .replies import read_score, read_verdict
+from .replies import cut_off, read_score, read_verdict, without_thought
 from .rows import DamagedFile, load_rows, write_text
 from .settings import LOCAL
 from .student import SECTIONS, Item, Student, check_settings, read_prompt
 
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
+SPECIAL = re.compile(r"<\|\w+\|>")  # a model's own token, such as <|endoftext|>
 
 
 class _Recorder(BaseEventHandler):
@@ -36,8 +38,10 @@ class _Recorder(BaseEventHandler):
     def handle(self, event: Any, **kwargs: Any) -> None:
         if isinstance(event, LLMChatEndEvent) and event.response is not None:
             # OpenAIFineTuningHandler, if it is in use too, puts the reply into the caller's list.
-            reply = event.response.message
+            reply, raw = event.response.message, event.response.raw
             asked = [message for message in event.messages if message is not reply]
+            if cut_off(raw.get("finish_reason") if isinstance(raw, dict) else None):
+                return
             # An LLM around another reports the same messages twice: that is one chat.
             self.chats[ROW.get(), *map(id, asked)] = [*asked, reply]
 
@@ -48,7 +52,8 @@ def finetuning_events() -> Iterator[list[dict]]:
 
     An event is {"messages": system, user and assistant, "row": the number of its row}. The events
     are in the order of the rows, and within a row in the order of the questions. A failed call
-    leaves no event. LlamaIndex's OpenAIFineTuningHandler breaks on one, and keeps another order.
+    leaves no event, and a cut-off reply leaves none. A model's thought is left out. LlamaIndex's
+    OpenAIFineTuningHandler breaks on a failed call, and keeps another order.
     """
     events: list[dict] = []
     handlers, recorder = get_dispatcher().event_handlers, _Recorder(chats={})
@@ -60,6 +65,7 @@ def finetuning_events() -> Iterator[list[dict]]:
         handlers[:] = [handler for handler in handlers if handler is not recorder]
         for (row, *_), chat in sorted(recorder.chats.items(), key=lambda item: item[0][0]):
             messages = [{"role": one.role.value, "content": one.content} for one in chat]
+            messages[-1]["content"] = without_thought(messages[-1]["content"] or "")
             events.append({"messages": messages, "row": row})
 
 
@@ -75,9 +81,10 @@ def save_events(path: str | Path, events: list[dict]) -> None:
 
 
 def check_events(path: str | Path) -> list[dict]:
-    """Read a fine-tuning file and check it.
+    """Read a fine-tuning file and check it. Returns the chats to learn from.
 
-    It needs MIN_EXAMPLES lines. Each has a system, a user and an assistant message, all with text.
+    Each line has a system, a user and an assistant message, all with text. A chat whose reply has
+    the weight 0 is not learnt from. MIN_EXAMPLES others are needed.
 
     Raises:
         DamagedFile: The message says which line is wrong, and what was expected.
@@ -92,11 +99,28 @@ def check_events(path: str | Path) -> list[dict]:
             expected = f"expected messages of the roles {', '.join(ROLES)}; found {roles}"
             raise DamagedFile(f"{where}: {expected}")
         for message in messages:
-            if not isinstance(message.get("content"), str) or not message["content"].strip():
-                raise DamagedFile(f"{where}: the {message['role']} message is empty")
-    if len(events) < MIN_EXAMPLES:
-        raise DamagedFile(f"{path}: {len(events)} examples, expected at least {MIN_EXAMPLES}")
-    return events
+            if wrong := _wrong_with(message):
+                raise DamagedFile(f"{where}: the {message['role']} message {wrong}")
+    learnt = [event for event in events if event["messages"][-1].get("weight", 1)]
+    if len(learnt) < MIN_EXAMPLES:
+        more = f" ({len(events) - len(learnt)} more have the weight 0)" * (learnt != events)
+        said = f"{len(learnt)} examples{more}, expected at least {MIN_EXAMPLES}"
+        raise DamagedFile(f"{path}: {said}")
+    return learnt
+
+
+def _wrong_with(message: dict) -> str:
+    """Why a message of a fine-tuning file cannot be learnt from, or ""."""
+    content, weight = message.get("content"), message.get("weight", 1)
+    if message.get("tool_calls") or message.get("function_call"):
+        return "calls a tool, but a judge is to answer in text"
+    if not isinstance(content, str) or not content.strip():
+        return "is empty"
+    if token := SPECIAL.search(content):
+        return f"holds {token[0]}, a special token that OpenAI refuses: write it in another way"
+    if isinstance(weight, bool) or weight not in (0, 1):
+        return f"has the weight {weight!r}, expected 0 or 1"
+    return ""
 
 
 def resolve_pairwise_events(

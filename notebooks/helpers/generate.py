@@ -19,6 +19,7 @@ from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
 
 from .embeddings import embed
 from .log import run_stage
+from .replies import without_thought
 from .rows import DATA, judge_mode, snapshot_folder, write_text
 from .settings import redact
 
@@ -140,7 +141,7 @@ def clean_question(reply: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    for line in reply.splitlines():
+    for line in without_thought(reply).splitlines():
         if "?" in (question := NUMBERING.sub("", line).strip()):
             return question
     raise ValueError(f"no question in the reply {reply[:200]!r}")
@@ -153,7 +154,8 @@ def _from_one(node: BaseNode, llm: LLM, question: str) -> Coroutine:
 
 def _text(response: Any) -> str:
     """A response's text. LlamaIndex says "Empty Response" where the reply was empty."""
-    return "" if str(response) == "Empty Response" else str(response)
+    text = without_thought(str(response))
+    return "" if text == "Empty Response" else text
 
 
 def _context(response: Any) -> str:

@@ -208,7 +208,7 @@ class SingleGradingEvaluator(BaseEvaluator):
         reason = cut_off(raw.get("finish_reason") if isinstance(raw, dict) else None) or reason
         shares: dict[float, float] = {}
         if self.logprobs and not reason:
-            shares, reason = read_score_tokens(response.logprobs or [], self.scale)
+            shares, reason = read_score_tokens(response.logprobs or [], self.scale, reply=text)
             score = lower_median(shares) if shares else None
         if score is None or reason:
             return {"score": None, "acceptable": None, "text": text, "invalid": reason}

@@ -16,6 +16,7 @@ from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -29,7 +30,8 @@ from llama_index.core.llms import LLM, CompletionResponse, CustomLLM, LLMMetadat
 from llama_index.core.llms.callbacks import llm_chat_callback
 from pydantic_core import to_jsonable_python
 
-from .rows import DamagedFile, judge_mode, parse_row, write_text
+from .replies import lines_to_score
+from .rows import ESCAPE, DamagedFile, judge_mode, parse_row, write_text
 from .settings import CallFailed, RunStopped, cap, id_of, name_of, number, redact, terminal
 
 SCHEMA = 1
@@ -67,7 +69,7 @@ def call_key(model: str, messages: list[dict], params: dict, sample: int) -> str
     call = json.dumps(
         [model, messages, params, sample], sort_keys=True, ensure_ascii=False, separators=(",", ":")
     )
-    return hashlib.sha256(call.encode()).hexdigest()
+    return hashlib.sha256(call.encode(errors=ESCAPE)).hexdigest()
 
 
 def make_row(
@@ -79,17 +81,17 @@ def make_row(
 ) -> dict:
     """A row of `calls.jsonl`: a call (`model`, `messages`, `params`, `sample`) and its answer.
 
-    `logprobs` has {alternative: log-probability} of each token. Those of the first line are kept:
-    the score is there, and the rest would make rows a hundred times larger. The row has this field
-    only if it was asked for.
+    `logprobs` has {alternative: log-probability} of each token. Those up to the line of the score
+    are kept: the rest would make rows a hundred times larger. The row has this field only if it was
+    asked for.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     answer = {"response": response, "usage": usage, "finish_reason": finish_reason}
     row = {"v": SCHEMA, "key": call_key(**call), **call, **answer, "created": created}
     if logprobs:
         likeliest = [max(token, key=lambda t: token[t], default="") for token in logprobs]
-        ends = (i for i, text in enumerate(likeliest) if "\n" in text)
-        row["logprobs"] = logprobs[: next(ends, len(logprobs)) + 1]
+        ends, lines = accumulate(text.count("\n") for text in likeliest), lines_to_score(response)
+        row["logprobs"] = logprobs[: sum(end < lines for end in ends) + 1]
     return row
 
 
@@ -189,7 +191,7 @@ class CallLog:
             if older := self.get(row["key"]):
                 return older
             file = self.open_to_write()
-            line = self._joint + json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            line = self._joint + json.dumps(row, ensure_ascii=False).encode(errors=ESCAPE) + b"\n"
             file.truncate(self.end)  # cuts off a torn line, and what a full disk left of a row
             if (written := file.write(line)) < len(line):
                 raise OSError(28, f"No space left on device ({written} bytes written)")
@@ -253,7 +255,7 @@ class CallLog:
             request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions"}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             mode = "a" if self._collected else "w"
-            with open(self.requests_path, mode, encoding="utf-8") as file:
+            with open(self.requests_path, mode, encoding="utf-8", errors=ESCAPE) as file:
                 file.write(json.dumps({**request, "body": body}, ensure_ascii=False) + "\n")
             self._collected.add(name)
 
@@ -400,7 +402,10 @@ class LoggedLLM(CustomLLM):
         return None
 
     def _keep(self, call: dict, response: ChatResponse) -> dict:
-        tokens = [{one.token: one.logprob for one in place} for place in response.logprobs or []]
+        places = [sorted(place, key=lambda one: one.logprob) for place in response.logprobs or []]
+        tokens = [
+            {one.token: one.logprob for one in place} for place in places
+        ]  # likelier twin stays
         text, details = response.message.content or "", _details(response.raw)
         with kept(self._log):
             return self._log.append(make_row(call, text, *details, tokens))
@@ -491,10 +496,11 @@ class _Bare:
 def _details(raw: Any) -> tuple[dict | None, str | None]:
     """Usage and finish reason, where a provider's raw response has them in OpenAI's form."""
     raw = raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
-    wanted = {name: raw.get(name) for name in ("usage", "choices", "finish_reason")}
+    ends = ("finish_reason", "stop_reason", "done_reason")  # as providers call it
+    wanted = {name: raw.get(name) for name in ("usage", "choices", *ends)}
     plain = to_jsonable_python(wanted, fallback=str)
     choice = (plain["choices"] or [{}])[0]
-    return plain["usage"] or None, choice.get("finish_reason") or plain["finish_reason"]
+    return plain["usage"] or None, next(filter(None, map({**plain, **choice}.get, ends)), None)
 
 
 async def run_stage(

@@ -1,5 +1,7 @@
 """Show judgements: tables and plots."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -126,6 +128,23 @@ def invalid_judgements(rows: list[dict]) -> pd.DataFrame:
         return {"judgements": len(said), "invalid": len(invalid), "reasons": reasons}
 
     return by_judge(given, cells)
+
+
+def unread_replies(rows: list[dict]) -> pd.DataFrame:
+    """How many replies of each judge were not read, by the reason, the most frequent first.
+
+    A number in a reason is written as "#". Both orders of a pair count.
+    """
+    counts = Counter(
+        (said["llm"], re.sub(r"^(original|flipped): ", "", re.sub(r"-?\d[\d.,]*", "#", reason)))
+        for row in rows
+        for said in row.get("evaluations", [])
+        for reason in said.get("invalid", "").split("; ")
+        if reason
+    )
+    order = sorted(counts, key=lambda one: (one[0], -counts[one]))
+    index = pd.MultiIndex.from_tuples(order, names=["judge", "reason"])
+    return pd.DataFrame({"replies": [counts[one] for one in order]}, index=index)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from .settings import ROOT, setting
 
 DATA = ROOT / "data"
 MODES = ("replay", "record", "collect")
+ESCAPE = "backslashreplace"  # half a character, which UTF-8 cannot hold, becomes JSON's \\uXXXX
 
 
 class DamagedFile(ValueError):
@@ -77,7 +78,7 @@ def write_text(path: str | Path, text: str) -> None:
     # Each writer has a draft of its own, so two processes do not mix their texts.
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+        with open(draft, "w", encoding="utf-8", errors=ESCAPE, newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -73,6 +73,8 @@ def _calls(path: Path) -> dict[str, dict]:
 def _read_result(result: dict) -> tuple[str, tuple, str]:
     """(custom_id, parts of the row, what failed or "") of one result."""
     name, error, reply = result["custom_id"], result.get("error"), result.get("response") or {}
+    if not isinstance(name, str):
+        raise TypeError("custom_id is not text")
     if error or reply.get("status_code") != 200:
         return name, (), json.dumps(error or reply, ensure_ascii=False)
     choice, usage = reply["body"]["choices"][0], reply["body"].get("usage")

@@ -171,7 +171,10 @@ def _endpoint(model: str) -> LLM:
 def logprobs_of(choice: dict) -> list[dict[str, float]]:
     """{alternative: log-probability} of each token of a choice in OpenAI's form; [] without any."""
     places = (choice.get("logprobs") or {}).get("content") or []
-    return [{one["token"]: one["logprob"] for one in place["top_logprobs"]} for place in places]
+    tops = [place.get("top_logprobs") or [] for place in places]
+    for top in tops:
+        top.sort(key=lambda one: one["logprob"])  # of a token that is listed twice, the likelier
+    return [{one["token"]: one["logprob"] for one in top} for top in tops] if any(tops) else []
 
 
 def _local(model: str) -> LLM:
