@@ -30,7 +30,11 @@ def test_a_reply_is_kept_whole_and_never_defaulted(tmp_path, rows):
         and "invalid" not in done[0]["evaluations"][0]
     )
     table = invalid_judgements(done)
-    assert table.loc["t"].tolist() == [12, 6, "no score in the reply; score 7 is outside 1 to 5"]
+    assert table.loc["t"].tolist() == [
+        12,
+        6,
+        "3 x no score in the reply; 3 x score # is outside # to #",
+    ]
     with pytest.raises(
         ValueError
     ):  # the evaluator itself is left as it was, with a parser that fails on a bare "4.5"

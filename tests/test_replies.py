@@ -32,18 +32,17 @@ from helpers import (
     check_events,
     fill,
     finetuning_events,
+    invalid_judgements,
     judge_rows,
     load_rows,
     read_score,
     read_score_tokens,
     save_events,
     save_rows,
-    unread_replies,
-    without_thought,
     write_questions,
 )
 from helpers.log import Collected
-from helpers.replies import cut_off, lines_to_score, read_verdict
+from helpers.replies import cut_off, lines_to_score, read_verdict, without_thought
 from helpers.rows import DATA, DamagedFile
 
 HERE = Path(__file__).parent
@@ -551,31 +550,22 @@ def test_any_other_finish_reason_is_named(tmp_path, rows, reason):
     assert row["evaluations"][0]["invalid"] == cut_off(reason) and events == []
 
 
-def test_what_was_unread_is_counted_by_judge_and_reason():
-    said = {"a": [None, None, 3.0], "b": [None]}
-    reasons = iter(
-        [
-            "score 7 is outside 1 to 5",
-            "score -8.5 is outside 1 to 5",
-            "original: empty reply; flipped: x",
-        ]
-    )
-    rows = [
-        {
-            "evaluations": [
-                {"llm": judge, "score": score, **({} if score else {"invalid": next(reasons)})}
-            ]
-        }
-        for judge, scores in said.items()
-        for score in scores
-    ]
-    table = unread_replies(rows)
-    assert table["replies"].to_dict() == {
-        ("a", "score # is outside # to #"): 2,
-        ("b", "empty reply"): 1,
-        ("b", "x"): 1,
+def test_unread_replies_are_counted_by_judge_and_reason():
+    said = {
+        "a": ["score 7 is outside 1 to 5", "score -8.5 is outside 1 to 5", "empty reply", None],
+        "b": ["original: empty reply; flipped: the call failed: 500; try again"],
     }
-    assert unread_replies([{"question": "?"}]).empty
+    rows = [
+        {"evaluations": [{"llm": judge, "score": None, "invalid": reason}]}
+        if reason
+        else {"evaluations": [{"llm": judge, "score": 3.0}]}
+        for judge, reasons in said.items()
+        for reason in reasons
+    ]
+    table = invalid_judgements([*rows, {"question": "?"}])
+    assert table.loc["a"].tolist() == [4, 3, "2 x score # is outside # to #; 1 x empty reply"]
+    failed = "1 x empty reply; 1 x the call failed: #; try again"
+    assert table.loc["b"].tolist() == [1, 1, failed]
 
 
 # Chats to learn from, and results of a batch

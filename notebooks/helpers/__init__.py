@@ -48,7 +48,7 @@ from .pair_metrics import (
     position_report,
 )
 from .pairs import PairJudge, untrained_pair_judges
-from .replies import read_score, read_score_tokens, without_thought
+from .replies import read_score, read_score_tokens
 from .report import (
     compare_designs,
     invalid_judgements,
@@ -58,7 +58,6 @@ from .report import (
     plot_scores,
     plot_sweep,
     show_pair,
-    unread_replies,
     versions,
     with_intervals,
 )

@@ -131,9 +131,10 @@ def _write_pictures(notebooks: dict[str, Any]) -> None:
 def run_in_batches(names: list[str]) -> int:
     """Run notebooks stage by stage: its requests go to the Batch API, its answers to the log."""
     for name in names:
-        while stopped := _execute(name, {}, quietly=True)[
-            1
-        ]:  # each round but the last adds answers
+        while True:  # each round but the last adds answers
+            _, stopped = _execute(name, {}, quietly=True)
+            if not stopped:
+                break
             if stopped != "Collected":
                 return 1
             try:

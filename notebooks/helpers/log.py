@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -403,9 +403,8 @@ class LoggedLLM(CustomLLM):
 
     def _keep(self, call: dict, response: ChatResponse) -> dict:
         places = [sorted(place, key=lambda one: one.logprob) for place in response.logprobs or []]
-        tokens = [
-            {one.token: one.logprob for one in place} for place in places
-        ]  # likelier twin stays
+        # Of a token that is listed twice, the likelier one stays.
+        tokens = [{one.token: one.logprob for one in place} for place in places]
         text, details = response.message.content or "", _details(response.raw)
         with kept(self._log):
             return self._log.append(make_row(call, text, *details, tokens))
@@ -453,9 +452,9 @@ class LoggedLLM(CustomLLM):
         response = await self.achat([ChatMessage(content=prompt)], **kwargs)
         return generic_utils.chat_response_to_completion_response(response)
 
-    def stream_chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponseGen:  # type: ignore[override]
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """As `chat`: a recorded answer is whole, so the stream has one piece."""
-        response = self.chat(messages, **kwargs)
+        response = self.chat(list(messages), **kwargs)
         response.delta = response.message.content
         yield response
 

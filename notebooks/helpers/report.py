@@ -115,7 +115,11 @@ def compare_designs(folder: Path) -> pd.DataFrame:
 
 
 def invalid_judgements(rows: list[dict]) -> pd.DataFrame:
-    """For each judge: the number of judgements, the number of invalid ones, and the reasons."""
+    """For each judge: the number of judgements, of invalid ones, and of each reason for them.
+
+    The most frequent reason comes first. A number in a reason is written as "#". The two orders of
+    a pair count apart, so a pair may have two reasons.
+    """
     given: dict[str, list] = {}
     for row in rows:
         for evaluation in row.get("evaluations", []):
@@ -124,27 +128,15 @@ def invalid_judgements(rows: list[dict]) -> pd.DataFrame:
     def cells(judge: str) -> dict:
         said = given[judge]
         invalid = [one.get("invalid", "unknown") for one in said if one["score"] is None]
-        reasons = "; ".join(sorted(set(invalid)))
-        return {"judgements": len(said), "invalid": len(invalid), "reasons": reasons}
+        reasons = Counter(
+            re.sub(r"^(original|flipped): ", "", re.sub(r"-?\d[\d.,]*", "#", reason))
+            for both in invalid
+            for reason in re.split(r"; (?=(?:original|flipped): )", both)
+        )
+        counted = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        return {"judgements": len(said), "invalid": len(invalid), "reasons": counted}
 
     return by_judge(given, cells)
-
-
-def unread_replies(rows: list[dict]) -> pd.DataFrame:
-    """How many replies of each judge were not read, by the reason, the most frequent first.
-
-    A number in a reason is written as "#". Both orders of a pair count.
-    """
-    counts = Counter(
-        (said["llm"], re.sub(r"^(original|flipped): ", "", re.sub(r"-?\d[\d.,]*", "#", reason)))
-        for row in rows
-        for said in row.get("evaluations", [])
-        for reason in said.get("invalid", "").split("; ")
-        if reason
-    )
-    order = sorted(counts, key=lambda one: (one[0], -counts[one]))
-    index = pd.MultiIndex.from_tuples(order, names=["judge", "reason"])
-    return pd.DataFrame({"replies": [counts[one] for one in order]}, index=index)
 
 
 @contextmanager

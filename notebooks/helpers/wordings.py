@@ -92,7 +92,8 @@ MARKED = [
 ]
 LETTERED = [(rf"{VERDICT}{SKIP}(?:{IS}|>|\bgoes\b){SKIP}", r"(?!\W*or\b)", True)]
 MORE = re.compile(  # from a score to another one
-    r"(?im)(?:(?:[^\w\n.]|\([^()\n]*\)|\b(?:and|or|to|perhaps|maybe|possibly|even|vs|then|but|或)\b)+"
+    r"(?im)(?:(?:[^\w\n.]|\([^()\n]*\)"
+    r"|\b(?:and|or|to|perhaps|maybe|possibly|even|vs|then|but|或)\b)+"
     rf"|[^.!?\n]{{0,80}}?(?:[,;/&]|\b(?:and|or)\b) *(?=[\d.]+(?:\W*$|[,.;)]| for\b))){SCORE}"
 )
 TOPS = re.compile(  # where the scale ends; what is named `kept` is read on
