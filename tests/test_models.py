@@ -79,7 +79,7 @@ ONE_CALL = {
         2,
     ),
     "503": (lambda before: answer(503, "Overloaded"), "InternalServerError", models.ATTEMPTS),
-    "dropped in the body": (lambda before: "drop", "PayloadError: Response payload", models.ATTEMPTS),
+    "dropped in the body": (lambda before: "drop", "ContentLengthError", models.ATTEMPTS),
     "dropped once": (lambda before: "drop" if before < 1 else None, None, 2),
     "bad JSON": (
         lambda before: web.Response(text="{not json", content_type="application/json"),

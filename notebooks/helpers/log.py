@@ -195,6 +195,10 @@ class CallLog:
         """The id of the model behind a logged name."""
         return self.models.get(logged, logged)
 
+    def other_model(self, call: dict, replied: str | None) -> str | None:
+        """The id of the model that replied, if it is not the one that the call names."""
+        return None if replied in (call["model"], self.model_of(call["model"])) else replied
+
     def rows(self, start: int = 0) -> Iterator[dict]:
         """All rows in the order of the file, or those after a former `end`."""
         self._check_file()
@@ -460,10 +464,8 @@ class LoggedLLM(CustomLLM):
             {one.token: one.logprob for one in place} for place in places
         ]  # likelier twin stays
         usage, finish_reason, model = details_of(response.raw)
-        other = None if model in (call["model"], self._log.model_of(call["model"])) else model
-        row = make_row(
-            call, response.message.content or "", usage, finish_reason, tokens, replied_by=other
-        )
+        text, other = response.message.content or "", self._log.other_model(call, model)
+        row = make_row(call, text, usage, finish_reason, tokens, replied_by=other)
         with kept(self._log):
             return self._log.append(row)
 

@@ -52,10 +52,8 @@ def fill(
             wrong.append(f"{given[1][0]}: {name}: answered {len(given)} times, so none was taken")
         elif given and name in calls:
             *parts, model = given[0][1]
-            asked = calls[name]["model"], log.model_of(calls[name]["model"])
-            more = {"batch": Path(results_path).stem, "replied_by": model}
-            more["replied_by"] = None if model in asked else model
-            row = make_row(calls[name], *parts, **more)
+            other, batch = log.other_model(calls[name], model), Path(results_path).stem
+            row = make_row(calls[name], *parts, batch=batch, replied_by=other)
             if log.append(row)["response"] != row["response"]:
                 wrong.append(f"{given[0][0]}: {name}: the log holds another answer, which stays")
     log.sync()
@@ -81,6 +79,8 @@ def _read_result(result: dict) -> tuple[str, tuple, str]:
         raise TypeError("custom_id is not text")
     if error or reply.get("status_code") != 200:
         return name, (), json.dumps(error or reply, ensure_ascii=False)
+    if not isinstance(reply["body"]["choices"][0]["message"]["content"], str | list | None):
+        raise TypeError("content is not text")
     text, reason, logprobs = read_body(reply["body"])
     usage, _, model = details_of(reply["body"])
     if usage and str(result.get("id")).startswith("batch_req"):

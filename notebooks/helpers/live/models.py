@@ -332,8 +332,9 @@ def _said(error: BaseException) -> str:
     if not isinstance(error, openai.APIConnectionError):
         return f"{type(error).__name__}: {error}"
     url, root = error.request.url, root_of(error)
-    proxy = " through a proxy" if url.scheme in urllib.request.getproxies() else ""
-    return f"{url.scheme}://{url.netloc.decode()}{proxy}: {type(root).__name__}: {root}"
+    proxy = urllib.request.getproxies().get(url.scheme)
+    through = f" through the proxy {proxy}" if proxy else ""
+    return f"{url.scheme}://{url.netloc.decode()}{through}: {type(root).__name__}: {root}"
 
 
 def _headers(error: BaseException | None) -> Any:
