@@ -14,12 +14,15 @@ import time
 
 import pytest
 from aiohttp import web
+from fake import FakeLive
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.evaluation import CorrectnessEvaluator
 from server import Server, answer
 from test_costs import judged
 
-from helpers import CallLog, check_run, embedding_of, live, load_rows
+from helpers import CallLog, check_run, embedding_of, fill, judge_rows, live, load_rows
 from helpers.live import models
+from helpers.log import Collected, MissingCall
 from helpers.settings import RunStopped
 
 
@@ -340,3 +343,75 @@ def test_a_log_that_is_changed_under_a_run_stops_it(change, rows, tmp_path):
             done = judged(many, path, server)[1]
         assert all(row["evaluations"][0]["score"] for row in done)
         assert held >= 16 or change in ("deleted", "truncated")
+
+
+# Nothing is paid twice in a snapshot
+
+
+def test_a_row_of_another_notebook_s_log_is_copied_and_not_paid_again(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path / "mine"))
+    first, second = (tmp_path / "mine" / part / "calls.jsonl" for part in ("one", "two"))
+    elsewhere = tmp_path / "other" / "one" / "calls.jsonl"
+    with Server() as server:
+        judged(rows, first, server)[0].close()
+        log, done = judged(rows[:5], second, server)
+        assert len(server.bodies) == 12 and len(log) == 5
+        assert all(row in load_rows(first) for row in load_rows(second))
+        vector = embedding_of(f"e@{server.url}", CallLog(first)).get_text_embedding("a text")
+        again = embedding_of(f"e@{server.url}", log).get_text_embedding("a text")
+        asked = server.requests.count(("POST", "/v1/embeddings"))
+        assert again == vector and asked == 1
+        # A replay needs its own log only, and it looks into no other.
+        monkeypatch.setenv("JUDGE_MODE", "replay")
+        first.unlink()
+        assert judged(rows[:5], second, server)[1] == done
+        with pytest.raises(MissingCall):
+            judged(rows[5:], second, server)
+        monkeypatch.setenv("JUDGE_MODE", "record")
+        judged(rows[:5], elsewhere, server)
+        assert len(server.bodies) == 17, "a log outside the snapshot borrows nothing"
+
+
+def test_a_name_that_stands_for_another_model_is_not_borrowed(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path))
+    with Server() as server:
+        for part, model in (("one", "gpt-4.1"), ("two", "gpt-4.1-nano"), ("three", "gpt-4.1-nano")):
+            path = tmp_path / part / "calls.jsonl"
+            judged(rows, path, server, model, logged="terse")[0].close()
+        assert len(server.bodies) == 24
+
+
+def test_a_collecting_run_borrows_too_and_asks_a_model_on_this_machine(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("SNAPSHOT", str(tmp_path))
+    with Server() as server:
+        judged(rows[:7], tmp_path / "one" / "calls.jsonl", server)[0].close()
+        monkeypatch.setenv("JUDGE_MODE", "collect")
+        with pytest.raises(Collected, match="5 of 12 rows wait"):
+            judged(rows, tmp_path / "two" / "calls.jsonl", server)
+    assert len(load_rows(tmp_path / "two" / "requests.jsonl")) == 5
+    monkeypatch.setattr(models, "_local", lambda model: FakeLive())
+    log = CallLog(tmp_path / "three" / "calls.jsonl")
+    llm = log.llm("small", live("local:small"))
+    done = asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t"))
+    assert all(row["evaluations"][0]["score"] for row in done) and len(log) == 12
+    assert not log.requests_path.exists()
+
+
+def test_a_filled_row_names_its_results_file_and_the_model_that_replied(
+    tmp_path, rows, monkeypatch
+):
+    monkeypatch.setenv("JUDGE_MODE", "collect")
+    log, path = CallLog(tmp_path / "calls.jsonl"), tmp_path / "answers-07.jsonl"
+    with pytest.raises(Collected):
+        asyncio.run(judge_rows(rows[:2], CorrectnessEvaluator(llm=log.llm("m")), name="t"))
+    bodies = [{**choice([{"type": "text", "text": "4.0"}]), "model": m} for m in ("m", "m-2")]
+    results = [
+        {"custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}}
+        for request, body in zip(load_rows(log.requests_path), bodies)
+    ]
+    path.write_text("".join(map("{}\n".format, map(json.dumps, results))), encoding="utf-8")
+    assert fill(log, path) == []
+    one, two = load_rows(tmp_path / "calls.jsonl")
+    assert one["batch"] == two["batch"] == "answers-07" and one["response"] == "4.0"
+    assert "replied_by" not in one and two["replied_by"] == "m-2"
+    assert len(CallLog(tmp_path / "calls.jsonl", "replay")) == 2

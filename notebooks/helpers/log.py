@@ -63,8 +63,22 @@ class Stage:
 
 STAGE: contextvars.ContextVar[Stage | None] = contextvars.ContextVar("stage", default=None)
 ROW: contextvars.ContextVar[int] = contextvars.ContextVar("row", default=0)  # of the stage
+# The texts that a judge of this task is shown. In its prompt, a text may hold section marks too.
+SHOWN: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar(
+    "shown", default=None
+)
 # Why the last reply of this task ended. LlamaIndex's evaluators do not pass it on.
 FINISH: contextvars.ContextVar[str | None] = contextvars.ContextVar("finish", default=None)
+
+
+@contextmanager
+def showing(*texts: str) -> Iterator[None]:
+    """Tell the local judges which texts the prompts of this block show."""
+    token = SHOWN.set(texts)
+    try:
+        yield
+    finally:
+        SHOWN.reset(token)
 
 
 def call_key(model: str, messages: list[dict], params: dict, sample: int) -> str:
