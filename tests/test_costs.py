@@ -3,6 +3,7 @@
 import asyncio
 import io
 import math
+import re
 
 import pytest
 from aiohttp import web
@@ -29,6 +30,7 @@ from helpers.live.budget import (
     Budget,
     dollars_of,
     price_of,
+    priced_as,
     prompt_tokens,
     tokens_of,
 )
@@ -419,6 +421,22 @@ def test_a_hosted_student_is_in_the_bill(tmp_path, monkeypatch):
         table["$ at most"]["student"]
     )
     assert table["$ at most"]["student, fine-tuning"] == pytest.approx(3 * 100 * 5120 * 25 / 1e6)
+
+
+def test_what_the_check_says_to_set_for_a_hosted_student_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setenv("BUDGET_DOLLARS", "100")
+    with Server() as server:
+        models = {"student": f"gpt-4.1-mini@{server.url}"}
+        log = CallLog(tmp_path / "calls.jsonl")
+        with pytest.raises(RunStopped) as stopped:
+            check_run(log, models, {"student": 10}, examples=100)
+        said = re.findall(r'as "(.*?)"', str(stopped.value))
+        assert [one.split("=")[0] for one in said] == ["ft:gpt-4.1-mini", "gpt-4.1-mini"]
+        monkeypatch.setenv("PRICES", ", ".join(said))
+        table = check_run(log, models, {"student": 10}, examples=100)
+        assert table["$ at most"].notna().all()
+        tuned = priced_as(log, "ft:gpt-4.1-mini:org:soft-name:id")
+        assert dollars_of(tuned, 1_000_000) == 0.15, "the fine-tuned model has its base's entry"
 
 
 def test_the_progress_bar_tells_done_failed_and_cost(rows, tmp_path, monkeypatch):

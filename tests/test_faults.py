@@ -144,7 +144,7 @@ def test_a_reply_that_does_not_end_is_given_up(status, rows, tmp_path, monkeypat
     monkeypatch.setattr(models, "ATTEMPTS", 2)
     with Streams(endless(status)) as server:
         _, [row] = judged(rows[:1], tmp_path / "c.jsonl", server)
-        assert "no whole reply in 0.4 seconds (REPLY_SECONDS)" in row["evaluations"][0]["invalid"]
+        assert "no whole reply in REPLY_SECONDS" in row["evaluations"][0]["invalid"]
         log, name = CallLog(tmp_path / "e.jsonl"), f"gpt-4.1@{server.url}"
         llm = log.llm("gpt-4.1", live(name))
         with pytest.raises(Exception, match="REPLY_SECONDS|TimeoutError"):
@@ -358,6 +358,7 @@ def test_a_row_of_another_notebook_s_log_is_copied_and_not_paid_again(rows, tmp_
         assert len(server.bodies) == 12 and len(log) == 5
         assert all(row in load_rows(first) for row in load_rows(second))
         vector = embedding_of(f"e@{server.url}", CallLog(first)).get_text_embedding("a text")
+        log = CallLog(second)
         again = embedding_of(f"e@{server.url}", log).get_text_embedding("a text")
         asked = server.requests.count(("POST", "/v1/embeddings"))
         assert again == vector and asked == 1

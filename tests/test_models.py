@@ -222,7 +222,7 @@ def test_a_timeout_is_asked_again_and_told(rows, tmp_path, monkeypatch):
         [row] = judged(rows[:1], tmp_path / "c.jsonl", server)
         assert (
             row["evaluations"][0]["invalid"]
-            == "the call failed: TimeoutError: no whole reply in 0.3 seconds (REPLY_SECONDS) "
+            == "the call failed: TimeoutError: no whole reply in REPLY_SECONDS "
             "(asked 2 times)"
         )
         assert len(server.bodies) == 2

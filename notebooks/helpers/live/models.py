@@ -32,8 +32,7 @@ FIRST_WAIT = 0.5  # seconds, doubled each time: at least 15 in all, enough for a
 LONGEST_WAIT = 600.0  # seconds; a call whose provider asks for a longer wait is given up
 TEMPERATURE = 0.1  # of a call that names none, as in LlamaIndex
 HUGGING_FACE = "https://router.huggingface.co/v1"  # its inference providers, as OpenAI's API
-# Errors before a call is sent. The other errors without an HTTP status may have cost a reply.
-NOT_SENT = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
+WRONG_ADDRESS = (socket.gaierror, ssl.SSLCertVerificationError)  # no such host, or not sure
 NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
 LONGEST_TEXT = 500  # characters of an error that are shown
 STOPS = {
@@ -139,7 +138,8 @@ def http_settings(awaited: bool = False) -> dict:
     """
     seconds, most = settings.number("REPLY_SECONDS"), settings.number("REPLY_MEGABYTES") * 1e6
 
-    def check(content: bytearray, began: float) -> None:
+    def add(part: bytes, content: bytearray, began: float) -> None:
+        content += part
         if len(content) > most or not awaited and time.monotonic() - began > seconds:
             raise ValueError("the reply is beyond REPLY_MEGABYTES or REPLY_SECONDS")
 
@@ -147,15 +147,13 @@ def http_settings(awaited: bool = False) -> dict:
         content, began = bytearray(), time.monotonic()
         if not response.url.path.endswith("/content"):
             for part in response.iter_bytes():
-                content += part
-                check(content, began)
+                add(part, content, began)
             response._content = bytes(content)
 
     async def read_awaited(response: Any) -> None:
         content = bytearray()
         async for part in response.aiter_bytes():
-            content += part
-            check(content, 0)
+            add(part, content, 0)
         response._content = bytes(content)
 
     hooks = {"response": [read_awaited if awaited else read]}
@@ -197,8 +195,7 @@ def _endpoint(model: str) -> LLM:
             raw = (await self._open_client.post(path, cast_to=cast_to, body=body)).json()
             text, reason, logprobs = read_body(raw)
             tokens = [
-                [LogProb(token=token, logprob=p) for token, p in place.items()]
-                for place in logprobs
+                [LogProb(token=one, logprob=place[one]) for one in place] for place in logprobs
             ]
             told = {"usage": raw.get("usage"), "model": raw.get("model"), "finish_reason": reason}
             message = ChatMessage(role="assistant", content=text)
@@ -206,9 +203,8 @@ def _endpoint(model: str) -> LLM:
 
         def chat(self, messages: Any, **kwargs: Any) -> ChatResponse:
             # In an event loop of its own, so the client is its own too.
-            call = asyncio.wait_for(
-                _endpoint(model).achat(messages, **kwargs), settings.number("REPLY_SECONDS")
-            )
+            limit, achat = settings.number("REPLY_SECONDS"), _endpoint(model).achat
+            call = asyncio.wait_for(achat(messages, **kwargs), limit)
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(asyncio.run, call).result()
 
@@ -295,12 +291,16 @@ def is_transient(error: BaseException) -> bool:
     import requests
 
     too_long = (retry_after(error) or 0) > LONGEST_WAIT
-    if too_long or getattr(error, "code", None) in NO_QUOTA or is_wrong_address(error):
+    root = root_of(error)
+    # A ValueError is a limit of ours.
+    if (
+        too_long
+        or getattr(error, "code", None) in NO_QUOTA
+        or isinstance(root, (*WRONG_ADDRESS, ValueError))
+    ):
         return False
     if (status := status_of(error)) is not None:
         return status in (408, 409, 429) or status >= 500 and status != 501  # 501: never will be
-    if isinstance(error, openai.APIConnectionError) and isinstance(error.__cause__, ValueError):
-        return False  # a limit of ours
     broken = openai.APIConnectionError, httpx.TransportError, ConnectionError, TimeoutError
     return isinstance(error, (*broken, requests.ConnectionError, requests.Timeout))
 
@@ -309,13 +309,6 @@ def root_of(error: BaseException) -> BaseException:
     """What an error was raised from in the end."""
     cause = error.__cause__ or error.__context__
     return root_of(cause) if cause else error
-
-
-def is_wrong_address(error: BaseException) -> bool:
-    """Whether no call can reach the address: there is no such host, or its certificate is bad."""
-    root = root_of(error)
-    unknown = isinstance(root, socket.gaierror) and root.errno == socket.EAI_NONAME
-    return unknown or isinstance(root, ssl.SSLCertVerificationError)
 
 
 def one_line(text: str) -> str:
@@ -330,7 +323,8 @@ def _said(error: BaseException) -> str:
     import openai
 
     if not isinstance(error, openai.APIConnectionError):
-        return f"{type(error).__name__}: {error}"
+        late = isinstance(error, TimeoutError) and not str(error)
+        return f"{type(error).__name__}: {'no whole reply in REPLY_SECONDS' if late else error}"
     url, root = error.request.url, root_of(error)
     proxy = urllib.request.getproxies().get(url.scheme)
     through = f" through the proxy {proxy}" if proxy else ""
@@ -384,7 +378,7 @@ def _failing(retrying: AsyncRetrying | Retrying) -> Iterator[None]:
         why, shown = STOPS.get(status or 0), one_line(said)
         if getattr(error, "code", None) in NO_QUOTA:
             why = "the account has no quota left"
-        elif is_wrong_address(error):
+        elif isinstance(root_of(error), WRONG_ADDRESS):
             why = "this address cannot be reached"
         elif status and 300 <= status < 400:
             to = redact(_headers(error).get("location", ""))
@@ -405,7 +399,8 @@ def _counted(of: tuple) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if of and not isinstance(root_of(error), NOT_SENT):
+        # What reached no server was not asked. Without an HTTP status, it may have been answered.
+        if of and not isinstance(root_of(error), (*WRONG_ADDRESS, ConnectionRefusedError)):
             Budget.of(of[0]).note_failed(of[1:], refused=status_of(error) is not None)
         raise
 
@@ -420,11 +415,7 @@ async def ask(call: Callable[..., Awaitable], *args: Any, of: tuple = (), **kwar
     async def attempt() -> Any:
         async with Budget.of(of[0]).room_for(*of[1:]) if of else nullcontext():
             with _counted(of):
-                try:
-                    return await asyncio.wait_for(call(*args, **kwargs), seconds)
-                except TimeoutError:
-                    said = f"no whole reply in {seconds:g} seconds (REPLY_SECONDS)"
-                    raise TimeoutError(said) from None
+                return await asyncio.wait_for(call(*args, **kwargs), seconds)
 
     with _failing(retrying := AsyncRetrying(**retry_policy())):
         return await retrying(attempt)
