@@ -263,6 +263,7 @@ def test_an_error_page_is_cut_to_a_line(rows, tmp_path):
         fault=lambda *_: web.Response(status=502, text=page, content_type="text/html")
     ) as server:
         _, [row] = judged(rows[:1], tmp_path / "c.jsonl", server)
+        assert len(server.bodies) == models.ATTEMPTS, "a server's fault is asked again"
     said = row["evaluations"][0]["invalid"]
     assert "502 Bad Gateway x x x" in said and len(said) < 700 and "\n" not in said
     assert "<" not in said and "alert" not in said and "color" not in said

@@ -290,17 +290,13 @@ def is_transient(error: BaseException) -> bool:
     import openai
     import requests
 
-    too_long = (retry_after(error) or 0) > LONGEST_WAIT
-    root = root_of(error)
-    # A ValueError is a limit of ours.
-    if (
-        too_long
-        or getattr(error, "code", None) in NO_QUOTA
-        or isinstance(root, (*WRONG_ADDRESS, ValueError))
-    ):
+    too_long, root = (retry_after(error) or 0) > LONGEST_WAIT, root_of(error)
+    if too_long or getattr(error, "code", None) in NO_QUOTA or isinstance(root, WRONG_ADDRESS):
         return False
     if (status := status_of(error)) is not None:
         return status in (408, 409, 429) or status >= 500 and status != 501  # 501: never will be
+    if isinstance(root, ValueError):
+        return False  # a limit of ours, or a bad URL
     broken = openai.APIConnectionError, httpx.TransportError, ConnectionError, TimeoutError
     return isinstance(error, (*broken, requests.ConnectionError, requests.Timeout))
 
@@ -312,8 +308,9 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def one_line(text: str) -> str:
-    """The beginning of a text, in one line and without HTML's tags."""
-    text = re.sub(r"<(style|script)\b.*?</\1>|</?\w[^>]*>|<!.*?>", " ", text, flags=re.S)
+    """The beginning of a text in one line; of a web page, without its tags."""
+    if re.search(r"<(?:!doctype|html|body)\b", text, re.I):
+        text = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", text)
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
 
@@ -337,8 +334,7 @@ def _headers(error: BaseException | None) -> Any:
 
 def retry_after(error: BaseException | None) -> float | None:
     """Seconds that the server asks to wait, in `Retry-After`: a number, or a date."""
-    headers = _headers(error)
-    said = headers.get("retry-after", "")
+    said = (headers := _headers(error)).get("retry-after", "")
     try:
         return max(0.0, float(said))
     except ValueError:
