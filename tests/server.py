@@ -50,7 +50,7 @@ class Server:
         delay: seconds before each chat completion.
         fault: of (request body, how often this content was asked before); None, a `web.Response` to
             send instead, "drop" to break the connection in the middle of the body, or a dict to
-            change the choice (`content`, `finish_reason`, `refusal`).
+            change the choice (`content`, `finish_reason`, `refusal`) or the `body`'s fields.
         models: the ids that exist; by default any, and none is listed.
         job: the states that a fine-tuning job goes through, one a look; the last stays.
         batch: those of a batch.
@@ -175,7 +175,8 @@ class Server:
             ).hexdigest()
             before, self.asked[content] = self.asked[content], self.asked[content] + 1
             fault = self.fault(body, before) if self.fault else None
-            completion = self._completion(body, fault if isinstance(fault, dict) else {})
+            change = fault if isinstance(fault, dict) else {}
+            completion = {**self._completion(body, change), **change.get("body", {})}
             await asyncio.sleep(
                 due - self._loop.time()
             )  # what the server itself takes is part of the delay

@@ -254,7 +254,7 @@ def test_odd_line_ends_and_refusals_in_a_batch_s_results(rows, path, server, mon
     done = judged(rows, path)
     assert [
         row["evaluations"][0].get("invalid") for row in done if row["question"] == "Question 3?"
-    ] == ["empty reply"]
+    ] == ["cut off (finish_reason refusal)"]
     assert sum(row["evaluations"][0]["score"] == 4 for row in done) == 11
 
 

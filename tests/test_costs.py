@@ -3,9 +3,12 @@
 import asyncio
 import io
 import math
+import re
 
 import pytest
+from aiohttp import web
 from llama_index.core.evaluation import CorrectnessEvaluator
+from llama_index.core.utils import get_tokenizer
 from server import Server, answer
 
 from helpers import (
@@ -27,6 +30,7 @@ from helpers.live.budget import (
     Budget,
     dollars_of,
     price_of,
+    priced_as,
     prompt_tokens,
     tokens_of,
 )
@@ -105,8 +109,8 @@ def test_a_cap_in_calls_is_kept_to_the_call_and_goes_on_when_it_is_raised(
         assert max(server.asked.values()) == 1 and len(server.bodies) == 60
 
 
-def test_a_call_that_failed_does_not_use_the_budget_up(many, tmp_path, monkeypatch):
-    monkeypatch.setenv("BUDGET_CALLS", "58")
+def test_a_call_that_failed_counts_and_is_in_the_bill_of_later_runs(many, tmp_path, monkeypatch):
+    monkeypatch.setenv("BUDGET_CALLS", "60")
     with Server(
         fault=lambda body, before: (
             answer(400, "No.") if "Question 5?" in body["messages"][-1]["content"] else None
@@ -114,6 +118,74 @@ def test_a_call_that_failed_does_not_use_the_budget_up(many, tmp_path, monkeypat
     ) as server:
         log, done = judged(many, tmp_path / "c.jsonl", server)
         assert len(log) == 55 and sum("invalid" in row["evaluations"][0] for row in done) == 5
+        assert cost_table(log)["calls"][("(no reply, at most)", "gpt-4.1")] == 5
+        assert cost_table(log)["$"][("(no reply, at most)", "gpt-4.1")] == 0, "refused: not billed"
+        with pytest.raises(RunStopped, match="the budget of 60 calls is used up"):
+            judged(many, tmp_path / "c.jsonl", server)
+        assert len(server.bodies) == 60
+
+
+@pytest.mark.parametrize("fault", ["drop", "too late", "junk"])
+def test_each_attempt_without_a_reply_counts_as_a_whole_one(fault, many, tmp_path, monkeypatch):
+    """The provider may have answered, and may bill it: as many requests as the cap, and no more."""
+    faults = {"drop": "drop", "junk": web.Response(text="{", content_type="application/json")}
+    monkeypatch.setenv("REPLY_SECONDS", "0.2")
+    delay = 1 if fault == "too late" else 0
+    for name, value in (("CALLS", "10"), ("DOLLARS", "0.1")):
+        monkeypatch.setenv(f"BUDGET_{name}", value)
+        path = tmp_path / name / "calls.jsonl"
+        with Server(fault=lambda body, before: faults.get(fault), delay=delay) as server:
+            with pytest.raises(RunStopped, match=f"BUDGET_{name}"):
+                judged(many, path, server)
+            asked = len(server.bodies)
+            assert asked == 10 if name == "CALLS" else 0.09 < asked * MAX_TOKENS * 8 / 1e6 <= 0.1
+            with pytest.raises(RunStopped, match=f"BUDGET_{name}"):
+                judged(many, path, server)
+            assert len(server.bodies) == asked, "the next run has no new budget"
+            log = CallLog(path)
+            assert asked * MAX_TOKENS * 8 / 1e6 < Budget.of(log).spent() < 0.11
+        monkeypatch.delenv(f"BUDGET_{name}")
+
+
+def test_a_call_that_reached_no_server_costs_nothing(rows, tmp_path):
+    with Server() as server:
+        pass
+    log, done = judged(rows[:1], tmp_path / "calls.jsonl", server)
+    assert "ConnectionRefusedError" in done[0]["evaluations"][0]["invalid"]
+    assert cost_table(log).empty
+
+
+ODD = [math.nan, math.inf, -1_000_000, "100", True, None, [7], 10**400, 0.5]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_odd_usage_is_counted_instead(odd, many, tmp_path, monkeypatch):
+    """A provider's usage is believed only where it is a number of tokens."""
+    usages = [{"prompt_tokens": odd, "completion_tokens": 2}, {"prompt_tokens": 9}, [odd], odd]
+    usages[1]["completion_tokens"] = odd
+    for number, usage in enumerate(usages):
+        path = tmp_path / f"{number}.jsonl"
+        with Server(fault=lambda body, before: {"body": {"usage": usage}}) as server:  # noqa: B023
+            log, _ = judged(many[:12], path, server)
+            counted = sum(
+                2 * prompt_tokens(row) + 8 * len(get_tokenizer()(row["response"]))
+                for row in load_rows(path)
+            )
+            assert Budget.of(log).spent() == pytest.approx(counted / 1e6)
+            assert cost_table(log).loc["in all", "$"].item() == pytest.approx(
+                counted / 1e6, abs=1e-4
+            )
+            monkeypatch.setenv("BUDGET_DOLLARS", "0.01")
+            with pytest.raises(RunStopped, match="BUDGET_DOLLARS"):
+                judged(many, path, server)
+            monkeypatch.delenv("BUDGET_DOLLARS")
+
+
+def test_a_provider_cannot_call_its_reply_a_batch_s(rows, tmp_path):
+    usage = {"prompt_tokens": 1_000_000, "completion_tokens": 0, "batch": True}
+    with Server(fault=lambda body, before: {"body": {"usage": usage}}) as server:
+        log, _ = judged(rows[:1], tmp_path / "c.jsonl", server)
+        assert Budget.of(log).spent() == 2.0
 
 
 def test_a_cap_in_money_holds_for_calls_under_way_too(many, tmp_path, monkeypatch):
@@ -326,7 +398,7 @@ def test_the_check_tells_a_bad_key_from_a_server_that_lists_no_models(status, sa
     ) as server:
         why = unreachable(model := f"gpt-4.1@{server.url}")
     assert said in why and bool(why) == bool(said) and "sk-not" not in why
-    assert "APIConnectionError" in unreachable(model), "the server is gone"
+    assert "ConnectionRefusedError" in unreachable(model), "the server is gone"
 
 
 def test_hugging_face_is_asked_for_its_models(monkeypatch):
@@ -349,6 +421,22 @@ def test_a_hosted_student_is_in_the_bill(tmp_path, monkeypatch):
         table["$ at most"]["student"]
     )
     assert table["$ at most"]["student, fine-tuning"] == pytest.approx(3 * 100 * 5120 * 25 / 1e6)
+
+
+def test_what_the_check_says_to_set_for_a_hosted_student_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setenv("BUDGET_DOLLARS", "100")
+    with Server() as server:
+        models = {"student": f"gpt-4.1-mini@{server.url}"}
+        log = CallLog(tmp_path / "calls.jsonl")
+        with pytest.raises(RunStopped) as stopped:
+            check_run(log, models, {"student": 10}, examples=100)
+        said = re.findall(r'as "(.*?)"', str(stopped.value))
+        assert [one.split("=")[0] for one in said] == ["ft:gpt-4.1-mini", "gpt-4.1-mini"]
+        monkeypatch.setenv("PRICES", ", ".join(said))
+        table = check_run(log, models, {"student": 10}, examples=100)
+        assert table["$ at most"].notna().all()
+        tuned = priced_as(log, "ft:gpt-4.1-mini:org:soft-name:id")
+        assert dollars_of(tuned, 1_000_000) == 0.15, "the fine-tuned model has its base's entry"
 
 
 def test_the_progress_bar_tells_done_failed_and_cost(rows, tmp_path, monkeypatch):

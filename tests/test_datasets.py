@@ -1,6 +1,7 @@
 """Documents, questions, answers."""
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from llama_index.core import Document, SummaryIndex
 from llama_index.core.evaluation import DatasetGenerator
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.readers.base import BaseReader
+from llama_index.core.schema import TextNode
 
 from helpers import (
     CallLog,
     SnapshotReader,
+    answer_in_context,
     answer_questions,
     deal,
     embeddings,
@@ -40,6 +43,41 @@ from helpers.rows import DATA
 )
 def test_a_question_is_freed_of_what_models_put_before_it(reply):
     assert clean_question(reply) == "Who was he?"
+
+
+@pytest.mark.parametrize("reason", ["length", "no choice in the reply: overloaded", "stop", None])
+def test_a_question_or_reference_that_was_cut_off_is_not_used(reason, tmp_path):
+    """An answer that was cut off is; an error in the place of an answer is not."""
+    nodes = [TextNode(text="Ada wrote it.", metadata={"title": "Ada"})]
+    pair = {"question": "Who wrote it?", "reference": "Ada.", "context": "Ada wrote it."}
+
+    class Cut(FakeLive):
+        said: str = "Who wrote it? Was it"
+
+        def chat(self, messages, **kwargs):
+            response = super().chat(messages)
+            response.message.content = self.said
+            response.raw = {"finish_reason": reason}
+            return response
+
+    def run(make, said):
+        log = CallLog(tmp_path / f"{make.__name__}-{said}.jsonl", "record")
+        return asyncio.run(make(log.llm("m", Cut(said=said))))
+
+    def question(llm):
+        return generate_questions(nodes, llm, "Ask.")
+
+    def an_answer(llm):
+        return answer_in_context([pair], [("m", llm)])
+
+    whole = reason in ("stop", None)
+    with (
+        contextlib.nullcontext() if whole else pytest.raises(ValueError, match=f"cut off.*{reason}")
+    ):
+        run(question, "Who wrote it?")
+    assert run(an_answer, "Ada di")[0]["response_data"]["text"] == "Ada di"
+    with contextlib.nullcontext() if whole else pytest.raises(ValueError, match="cut off"):
+        assert run(an_answer, "")[0]["response_data"]["text"] == ""
 
 
 def test_a_reply_without_a_question_is_an_error():

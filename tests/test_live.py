@@ -11,7 +11,7 @@ import zlib
 
 import pytest
 from conftest import ROOT
-from server import Server, answer
+from server import Server, answer, reply_to
 
 from helpers import CallLog, cost_table, load_rows
 from helpers.rows import DATA
@@ -28,6 +28,7 @@ NOTEBOOKS = {
     "02_pairwise": "pairwise",
     "03_shared_helpers": "single_grading",
 }
+ROLES = ("TEACHER_MODEL", "WRITER_MODEL", "ANSWERER_MODEL")
 ROWS = {
     "correctness": (174, 61),
     "pairwise": (159, 69),
@@ -60,6 +61,31 @@ def recorded_replies(part):
     for row in CallLog(DATA / part / "calls.jsonl", "replay").rows():
         replies[json.dumps(row["messages"])].append(row["response"])
     return replies
+
+
+SCRIPT = "<script>alert(/evil-17/)</script>"
+IMAGE = "<img/src=x/onerror=alert(18)>"  # a model's name may hold this
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_no_script_of_a_reply_is_in_a_page(notebook, tmp_path):
+    """Every reply holds one, and so does all that is made of replies; and so do models' names."""
+
+    def reply(messages):
+        text = reply_to(messages)
+        if "generate only questions" in messages[-1]["content"]:  # a "?" ends a question
+            return text.replace("What", f"What {SCRIPT}")
+        return text + SCRIPT
+
+    with Server(reply=reply) as server:
+        roles = {role: f"{role.split('_')[0].lower()}{IMAGE}@{server.url}" for role in ROLES}
+        env = environment(server.url, tmp_path, STUDENT_MODEL="minilm", **roles)
+        command = [sys.executable, "-m", "helpers", "run", notebook]
+        run = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr[-3000:]
+    page = (tmp_path / f"{notebook}.html").read_text(encoding="utf-8")
+    assert "alert(/evil-17/)" in page and "onerror=alert(18)" in page, "they are shown as text"
+    assert SCRIPT not in page and IMAGE not in page
 
 
 @contextlib.contextmanager
@@ -193,5 +219,6 @@ def check_that_nothing_is_asked_again(server, folder):
     asked = {path.split("/")[2] for _, path in server.requests[before:]}
     assert asked == {"models"}, "only the check before the first call"
     table = cost_table(CallLog(folder / "pairwise" / "calls.jsonl", "replay"))
-    assert set(table["tokens"][:-1]) == {"reported"}
+    answered = table.drop(index="(no reply, at most)", level="stage")
+    assert set(answered["tokens"][:-1]) == {"reported"}
     assert ("fine-tuning", "gpt-4.1-mini") in table.index

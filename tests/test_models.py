@@ -79,7 +79,7 @@ ONE_CALL = {
         2,
     ),
     "503": (lambda before: answer(503, "Overloaded"), "InternalServerError", models.ATTEMPTS),
-    "dropped in the body": (lambda before: "drop", "APIConnectionError", models.ATTEMPTS),
+    "dropped in the body": (lambda before: "drop", "ContentLengthError", models.ATTEMPTS),
     "dropped once": (lambda before: "drop" if before < 1 else None, None, 2),
     "bad JSON": (
         lambda before: web.Response(text="{not json", content_type="application/json"),
@@ -90,14 +90,14 @@ ONE_CALL = {
         lambda before: web.json_response(
             {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": []}
         ),
-        "IndexError",
+        'cut off (finish_reason no choice in the reply: {"id": "1", "object"',
         1,
     ),
     "empty content": (lambda before: {"content": ""}, "empty reply", 1),
     "null content": (lambda before: {"content": None}, "empty reply", 1),
     "a refusal": (
         lambda before: {"content": None, "refusal": "I cannot help with that."},
-        "empty reply",
+        "cut off (finish_reason refusal)",
         1,
     ),
     "cut off": (
@@ -216,13 +216,14 @@ def test_a_server_that_is_gone_for_a_while_loses_nothing(rows, tmp_path, monkeyp
 
 
 def test_a_timeout_is_asked_again_and_told(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "TIMEOUT", 0.3)
+    monkeypatch.setenv("REPLY_SECONDS", "0.3")
     monkeypatch.setattr(models, "ATTEMPTS", 2)
     with Server(delay=1) as server:
         [row] = judged(rows[:1], tmp_path / "c.jsonl", server)
         assert (
             row["evaluations"][0]["invalid"]
-            == "the call failed: APITimeoutError: Request timed out. (asked 2 times)"
+            == "the call failed: TimeoutError: no whole reply in REPLY_SECONDS "
+            "(asked 2 times)"
         )
         assert len(server.bodies) == 2
 

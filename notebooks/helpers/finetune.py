@@ -17,11 +17,11 @@ from llama_index.core.utils import get_tokenizer
 
 from .judge import lower_median
 from .log import ROW
-from .pairs import PAIR_SECTIONS, PairStudent
+from .pairs import PAIR_PROMPT, PAIR_SECTIONS, PairStudent
 from .replies import cut_off, read_score, read_verdict, without_thought
 from .rows import DamagedFile, load_rows, write_text
 from .settings import LOCAL
-from .student import SECTIONS, Item, Student, check_settings, read_prompt
+from .student import SECTIONS, Student, check_settings, read_prompt
 
 ROLES = ["system", "user", "assistant"]
 MIN_EXAMPLES = 10  # OpenAI refuses smaller files
@@ -137,17 +137,22 @@ def resolve_pairwise_events(
 
     Source: the original pairwise notebook, which pairs events by even and odd numbers.
     """
-    waiting: dict[Item, list[int]] = {}  # the numbers of the events with a prompt
+    waiting: dict[str, list[int]] = {}  # the numbers of the events with these sections
     for number, event in enumerate(events):
-        waiting.setdefault(read_prompt(event["messages"], PAIR_SECTIONS), []).append(number)
+        read_prompt(event["messages"], PAIR_SECTIONS)  # a ValueError if there are none
+        asked = next(one["content"] for one in event["messages"] if one["role"] == "user")
+        sections = asked[asked.index(PAIR_PROMPT[:15]) :].strip()
+        waiting.setdefault(sections, []).append(number)
     resolved = []
     for number, row in enumerate(rows):
         texts = [answer["text"] for answer in row["answers"]]
         orders = {"original": texts, "flipped": texts[::-1]}
         chats = {}
         for order, shown in orders.items():
-            if asked := waiting.get((row["question"], row["source"], *shown)):
-                chats[order] = events[asked.pop(0)]
+            # By the whole prompt: a text that holds section marks cannot be told from it.
+            prompt = PAIR_PROMPT.format(row["question"], row["source"], *shown)
+            if numbers := waiting.get(prompt.strip()):
+                chats[order] = events[numbers.pop(0)]
         source = row["evaluations"][0]["source"]
         if source in chats:
             resolved += [chats.pop(source), *(chats.values() if both_orders else ())]

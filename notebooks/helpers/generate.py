@@ -18,8 +18,8 @@ from llama_index.core.readers.base import BaseReader
 from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
 
 from .embeddings import embed
-from .log import run_stage
-from .replies import without_thought
+from .log import FINISH, run_stage
+from .replies import cut_off, without_thought
 from .rows import DATA, judge_mode, snapshot_folder, write_text
 from .settings import redact
 
@@ -104,13 +104,13 @@ async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str) -> 
     is deprecated and needs spaCy.
 
     Raises:
-        ValueError: a reply holds no question.
+        ValueError: a reply holds no question, or was cut off.
     """
     template = PromptTemplate(DEFAULT_QUESTION_GENERATION_PROMPT)
     contexts = [node.get_content(MetadataMode.LLM) for node in nodes]
     calls = [llm.apredict(template, context_str=one, query_str=instruction) for one in contexts]
     questions = []
-    for node, reply in zip(nodes, await run_stage("questions", calls)):
+    for node, reply in zip(nodes, await run_stage("questions", map(_whole, calls))):
         title = node.metadata.get("title")
         try:
             questions.append({"question": clean_question(reply), "document": title})
@@ -124,7 +124,7 @@ async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str) 
     questions = await write_questions(nodes, llm, instruction)
     calls = [_from_one(node, llm, asked["question"]) for node, asked in zip(nodes, questions)]
     pairs = []
-    for asked, reply in zip(questions, await run_stage("references", calls)):
+    for asked, reply in zip(questions, await run_stage("references", map(_whole, calls))):
         question, title, reference = asked["question"], asked["document"], _text(reply).strip()
         if not reference:
             raise ValueError(
@@ -152,6 +152,19 @@ def _from_one(node: BaseNode, llm: LLM, question: str) -> Coroutine:
     return SummaryIndex([node]).as_query_engine(llm=llm).aquery(question)
 
 
+async def _whole(call: Coroutine, or_a_part: bool = False) -> Any:
+    """A call's reply; ValueError if it may not be whole, or has not even a part."""
+    reply = await call
+    if (cut := cut_off(FINISH.get())) and not (or_a_part and _text(reply)):
+        raise ValueError(f"a reply was {cut}: {_text(reply)[:200]!r}; {ASK_AGAIN}")
+    return reply
+
+
+def _answered(call: Coroutine) -> Coroutine:
+    """An answer that was cut off is what its model said, and is judged like the others."""
+    return _whole(call, or_a_part=True)
+
+
 def _text(response: Any) -> str:
     """A response's text. LlamaIndex says "Empty Response" where the reply was empty."""
     text = without_thought(str(response))
@@ -177,7 +190,9 @@ async def answer_questions(
         )
     calls = [engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines)]
     rows = []
-    for pair, (model, _), reply in zip(pairs, engines, await run_stage("answers", calls)):
+    for pair, (model, _), reply in zip(
+        pairs, engines, await run_stage("answers", map(_answered, calls))
+    ):
         answer = {"model": model, "text": _text(reply), "context": _context(reply)}
         asked = {"question": pair["question"], "reference": pair["reference"]}
         rows.append({**asked, "response_data": answer, "document": pair["document"]})
@@ -198,7 +213,7 @@ async def answer_pairs(
     draw = random.Random(seed)
     drawn = [(asked, *one) for asked in questions for one in draw.sample(engines, 2)]
     calls = [engine.aquery(asked["question"]) for asked, _, engine in drawn]
-    replies = await run_stage("answers", calls)
+    replies = await run_stage("answers", map(_answered, calls))
     answers = [
         {"model": model, "text": _text(reply)} for (_, model, _), reply in zip(drawn, replies)
     ]
@@ -231,7 +246,7 @@ async def answer_in_context(pairs: list[dict], generators: list[tuple[str, LLM]]
         _from_one(TextNode(text=pair["context"]), llm, pair["question"]) for pair, _, llm in asked
     ]
     rows = []
-    for (pair, model, _), reply in zip(asked, await run_stage("answers", calls)):
+    for (pair, model, _), reply in zip(asked, await run_stage("answers", map(_answered, calls))):
         answer = {"model": model, "text": _text(reply), "context": pair["context"]}
         row = {"question": pair["question"], "response_data": answer}
         rows.append(row | {"document": pair["document"]} if "document" in pair else row)

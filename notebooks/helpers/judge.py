@@ -14,7 +14,7 @@ from llama_index.core.evaluation import (
 )
 from llama_index.core.llms import LLM
 
-from .log import FINISH, STAGE, Collected, run_stage
+from .log import FINISH, STAGE, Collected, run_stage, showing
 from .replies import cut_off, read_score, read_score_tokens, read_verdict
 from .settings import CallFailed
 
@@ -117,7 +117,8 @@ def _failed(error: CallFailed) -> str:
 async def _ask(evaluator: BaseEvaluator, read: Callable, **shown: str) -> tuple:
     """(the reply or None, what `read` reads in it or None, the reason if there is nothing)."""
     try:
-        reply = (await evaluator.aevaluate(**shown)).feedback or ""
+        with showing(*shown.values()):
+            reply = (await evaluator.aevaluate(**shown)).feedback or ""
     except CallFailed as error:
         return None, None, _failed(error)
     if cut := cut_off(FINISH.get()):
@@ -129,7 +130,7 @@ async def _score(
     evaluator: CorrectnessEvaluator, question: str, reference: str, answer: str
 ) -> dict:
     evaluator.parser_function = lambda reply: (None, reply)
-    shown = {"query": question, "reference": reference, "response": answer}
+    shown = {"query": question, "reference": reference, "response": answer}  # as in SECTIONS
     text, score, reason = await _ask(evaluator, read_score, **shown)
     return {"score": score, "text": text, **({"invalid": reason} if reason else {})}
 
@@ -200,7 +201,8 @@ class SingleGradingEvaluator(BaseEvaluator):
         median. If there is no score, `invalid` says why.
         """
         try:
-            response = await self.llm.achat(self.messages(question, context, answer))
+            with showing(question, context, answer):
+                response = await self.llm.achat(self.messages(question, context, answer))
         except CallFailed as error:
             return {"score": None, "acceptable": None, "text": None, "invalid": _failed(error)}
         text, raw = response.message.content or "", response.raw

@@ -16,6 +16,7 @@ from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from llama_index.core.llms.callbacks import llm_chat_callback
 from pydantic_core import to_jsonable_python
 
 from .replies import lines_to_score
-from .rows import ESCAPE, DamagedFile, judge_mode, parse_row, write_text
+from .rows import ESCAPE, DamagedFile, judge_mode, parse_row, snapshot_folder, write_text
 from .settings import CallFailed, RunStopped, cap, id_of, name_of, number, redact, terminal
 
 SCHEMA = 1
 FIELDS = "v key model messages params sample response usage finish_reason created".split()
+OPTIONAL = {"logprobs", "replied_by", "batch"}
+BATCH = "batch"  # a mark in a row's usage: from OpenAI's Batch API, at half the price
 SYNC_SECONDS = 1.0  # a power cut costs the answers of about this long
 
 _writers: WeakValueDictionary = WeakValueDictionary()  # path -> the log that writes to it
@@ -60,8 +63,22 @@ class Stage:
 
 STAGE: contextvars.ContextVar[Stage | None] = contextvars.ContextVar("stage", default=None)
 ROW: contextvars.ContextVar[int] = contextvars.ContextVar("row", default=0)  # of the stage
+# The texts that a judge of this task is shown. In its prompt, a text may hold section marks too.
+SHOWN: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar(
+    "shown", default=None
+)
 # Why the last reply of this task ended. LlamaIndex's evaluators do not pass it on.
 FINISH: contextvars.ContextVar[str | None] = contextvars.ContextVar("finish", default=None)
+
+
+@contextmanager
+def showing(*texts: str) -> Iterator[None]:
+    """Tell the local judges which texts the prompts of this block show."""
+    token = SHOWN.set(texts)
+    try:
+        yield
+    finally:
+        SHOWN.reset(token)
 
 
 def call_key(model: str, messages: list[dict], params: dict, sample: int) -> str:
@@ -78,12 +95,14 @@ def make_row(
     usage: dict | None = None,
     finish_reason: str | None = None,
     logprobs: list[dict] | None = None,
+    **more: str | None,
 ) -> dict:
     """A row of `calls.jsonl`: a call (`model`, `messages`, `params`, `sample`) and its answer.
 
     `logprobs` has {alternative: log-probability} of each token. Those up to the line of the score
     are kept: the rest would make rows a hundred times larger. The row has this field only if it was
-    asked for.
+    asked for. `more` are the other optional fields: `replied_by`, the id of the model that replied,
+    and `batch`, the results file. A row has them only where there is something to say.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     answer = {"response": response, "usage": usage, "finish_reason": finish_reason}
@@ -92,7 +111,7 @@ def make_row(
         likeliest = [max(token, key=lambda t: token[t], default="") for token in logprobs]
         ends, lines = accumulate(text.count("\n") for text in likeliest), lines_to_score(response)
         row["logprobs"] = logprobs[: sum(end < lines for end in ends) + 1]
-    return row
+    return row | {name: said for name, said in more.items() if said}
 
 
 class CallLog:
@@ -155,15 +174,48 @@ class CallLog:
         return LoggedLLM(log=self, live=live, model_name=logged, **settings)
 
     def get(self, key: str) -> dict | None:
-        """The row of a key, or None."""
+        """The row of a key, or None. RunStopped if the file was changed under this run."""
+        self._check_file()
         if key not in self._index:
             return None
         with open(self.path, "rb") as file:
             file.seek(self._index[key])
             return json.loads(file.readline())
 
+    @cached_property
+    def _siblings(self) -> list["CallLog"]:
+        """The other logs of the snapshot that this run records to."""
+        here, snapshot = self.path.resolve(), snapshot_folder("").resolve()
+        if self.mode == "replay" or here.parent.parent != snapshot:
+            return []
+        paths = sorted(snapshot.glob("*/calls.jsonl"))
+        return [CallLog(path, "replay") for path in paths if path != here]
+
+    def find(self, key: str) -> dict | None:
+        """The row of a key, or None; a run that records or collects also asks the sibling logs.
+
+        A row of another log in the snapshot is copied to this one. So notebooks that ask the same
+        pay once, and a replay needs no other log than its own.
+        """
+        if row := self.get(key):
+            return row
+        for log in self._siblings:
+            if (row := log.get(key)) and log.model_of(row["model"]) == self.model_of(row["model"]):
+                with kept(self):
+                    return self.append(row)
+        return None
+
+    def model_of(self, logged: str) -> str:
+        """The id of the model behind a logged name."""
+        return self.models.get(logged, logged)
+
+    def other_model(self, call: dict, replied: str | None) -> str | None:
+        """The id of the model that replied, if it is not the one that the call names."""
+        return None if replied in (call["model"], self.model_of(call["model"])) else replied
+
     def rows(self, start: int = 0) -> Iterator[dict]:
         """All rows in the order of the file, or those after a former `end`."""
+        self._check_file()
         if start < self.end:
             with open(self.path, "rb") as file:
                 file.seek(start)
@@ -184,7 +236,7 @@ class CallLog:
         """Write a row to the file. Returns what the log holds for its key: an older row stays.
 
         Raises:
-            RuntimeError: another process writes to the file.
+            RuntimeError: another process writes to the file, or it was changed.
             OSError: the file cannot be written to, or the disk is full.
         """
         with self._lock:
@@ -193,10 +245,13 @@ class CallLog:
             file = self.open_to_write()
             line = self._joint + json.dumps(row, ensure_ascii=False).encode(errors=ESCAPE) + b"\n"
             file.truncate(self.end)  # cuts off a torn line, and what a full disk left of a row
-            if (written := file.write(line)) < len(line):
+            self._size = self.end
+            written = file.write(line)
+            self._size += written
+            if written < len(line):
                 raise OSError(28, f"No space left on device ({written} bytes written)")
             self._index[row["key"]] = self.end + len(self._joint)
-            self.end = self._size = self.end + len(line)
+            self.end = self._size
             self._joint = b""
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
@@ -215,6 +270,7 @@ class CallLog:
             RuntimeError: another process writes to it, or has written since it was read here.
             OSError: it cannot be written to.
         """
+        self._check_file()
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A cell that runs again opens the log again. Within a process, the newest log writes.
@@ -236,6 +292,19 @@ class CallLog:
                 ) from None
             _writers[self.path.resolve()] = self
         return self._writer
+
+    def _check_file(self) -> None:
+        """RunStopped if the file is no longer the one that this log writes to, as it left it."""
+        if self._writer is None:
+            return
+        ours = os.fstat(self._writer.fileno())
+        there = os.stat(self.path) if self.path.exists() else None
+        if there is None or not os.path.samestat(there, ours) or there.st_size != self._size:
+            how = "was deleted" if there is None else "was replaced or changed by another program"
+            raise RunStopped(
+                f"{self.path} {how} while this run was recording to it, so answers could not be "
+                "kept. Put the file back if you can, restart the notebook and run again."
+            )
 
     def close(self) -> None:
         """Sync the file, and let another process write to it."""
@@ -322,7 +391,7 @@ def check_row(row: dict, where: str) -> None:
     wrong = ""
     if row.get("v") != SCHEMA:
         wrong = f"row of schema version {row.get('v')!r}, expected {SCHEMA}"
-    elif set(row) - {"logprobs"} != set(FIELDS):
+    elif set(row) - OPTIONAL != set(FIELDS):
         wrong = f"expected the fields {', '.join(FIELDS)}; found {', '.join(row)}"
     elif not isinstance(row["response"], str):
         wrong = f"expected text in 'response', found {type(row['response']).__name__}"
@@ -385,9 +454,11 @@ class LoggedLLM(CustomLLM):
 
     def _known(self, call: dict) -> dict | None:
         """The logged row of a call. None if the live model is to be asked."""
-        if row := self._log.get(call_key(**call)):
+        if row := self._log.find(call_key(**call)):
             return row
-        if self._log.mode == "collect":
+        # A model on this machine costs nothing, so it is asked where others are collected.
+        local = getattr(self._live, "setting", "").startswith("local:")
+        if self._log.mode == "collect" and not local:
             self._log.collect(call)
             raise Collected(self._log.requests_path)
         if self._log.mode == "replay":
@@ -405,9 +476,11 @@ class LoggedLLM(CustomLLM):
         places = [sorted(place, key=lambda one: one.logprob) for place in response.logprobs or []]
         # Of a token that is listed twice, the likelier one stays.
         tokens = [{one.token: one.logprob for one in place} for place in places]
-        text, details = response.message.content or "", _details(response.raw)
+        usage, finish_reason, model = details_of(response.raw)
+        text, other = response.message.content or "", self._log.other_model(call, model)
+        row = make_row(call, text, usage, finish_reason, tokens, replied_by=other)
         with kept(self._log):
-            return self._log.append(make_row(call, text, *details, tokens))
+            return self._log.append(row)
 
     def _response(self, row: dict) -> ChatResponse:
         self._log.use(row)
@@ -492,14 +565,19 @@ class _Bare:
             raise CallFailed(said) from None  # the error itself may quote a key
 
 
-def _details(raw: Any) -> tuple[dict | None, str | None]:
-    """Usage and finish reason, where a provider's raw response has them in OpenAI's form."""
+def details_of(raw: Any) -> tuple[dict | None, str | None, str | None]:
+    """(usage, finish reason, model id) of a provider's raw response, if it has OpenAI's form."""
     raw = raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
     ends = ("finish_reason", "stop_reason", "done_reason")  # as providers call it
-    wanted = {name: raw.get(name) for name in ("usage", "choices", *ends)}
-    plain = to_jsonable_python(wanted, fallback=str)
-    choice = (plain["choices"] or [{}])[0]
-    return plain["usage"] or None, next(filter(None, map({**plain, **choice}.get, ends)), None)
+    wanted = {name: raw.get(name) for name in ("usage", "choices", "model", *ends)}
+    plain = to_jsonable_python(wanted, fallback=str, inf_nan_mode="null")
+    usage, choices, model = (plain[name] for name in ("usage", "choices", "model"))
+    usage = usage if isinstance(usage, dict) else {}
+    usage.pop(BATCH, None)  # only `fill` may set it
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    told = {**plain, **choice} if isinstance(choice, dict) else plain
+    reason = next(filter(None, map(told.get, ends)), None)
+    return usage or None, reason and str(reason), model if isinstance(model, str) else None
 
 
 async def run_stage(

@@ -18,12 +18,13 @@ HEDGE = re.compile(
     r"(?:not|n't) (?:mention|provide|specif|clear|stated)\w*)\b",
     re.I,
 )
-PAIR_SECTIONS = re.compile(
-    r"\[User Question\]\n(.*?)\n\n\[The Start of Reference\]\n(.*?)\n\[The End of Reference\]\n\n"
-    r"\[The Start of Assistant A’s Answer\]\n(.*?)\n\[The End of Assistant A’s Answer\]\n\n"
-    r"\[The Start of Assistant B’s Answer\]\n(.*)\n\[The End of Assistant B’s Answer\]\s*\Z",
-    re.S,
+# The sections of PairwiseComparisonEvaluator's prompt, with these texts in them.
+PAIR_PROMPT = (
+    "[User Question]\n{}\n\n[The Start of Reference]\n{}\n[The End of Reference]\n\n"
+    "[The Start of Assistant A’s Answer]\n{}\n[The End of Assistant A’s Answer]\n\n"
+    "[The Start of Assistant B’s Answer]\n{}\n[The End of Assistant B’s Answer]"
 )
+PAIR_SECTIONS = re.compile(re.escape(PAIR_PROMPT).replace(r"\{\}", "(.*?)") + r"\s*\Z", re.S)
 
 
 @lru_cache(maxsize=100_000)  # cross-validation asks for the same answers over and over

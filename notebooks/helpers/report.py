@@ -61,6 +61,8 @@ def show_pair(row: dict, judge: str) -> "pd.io.formats.style.Styler":
     style = {"text-align": "left", "white-space": "pre-wrap"}
     # Styler gives a table a random id. A fixed id makes the output of each run the same.
     table = pd.DataFrame({"": cells}).style.set_uuid("pair")
+    # A reply may hold HTML, and a script in it would run in the page and in Jupyter.
+    table = table.format(escape="html").format_index(escape="html")
     return table.set_properties(**style).hide(axis="columns")
 
 

@@ -37,8 +37,13 @@ SETTINGS = {
         "base URL of the judges' and the fine-tuning endpoint (OPENAI_BASE_URL says the same)",
     ),
     "CONCURRENCY": ("16", "how many calls may run at the same time"),
-    "BUDGET_CALLS": ("", "the most calls that a notebook's log may hold"),
-    "BUDGET_DOLLARS": ("", "the most dollars that the calls in a notebook's log may cost"),
+    "REPLY_SECONDS": ("120", "the longest wait for a whole reply"),
+    "REPLY_MEGABYTES": ("10", "the largest reply that is read"),
+    "BUDGET_CALLS": ("", "the most calls that a notebook's log may ask, failed ones included"),
+    "BUDGET_DOLLARS": (
+        "",
+        "the most dollars that the calls of a notebook's log may cost, failed ones included",
+    ),
     "PRICES": (
         "",
         "dollars per million tokens of prompt, reply and, for fine-tuning, training: "
@@ -50,7 +55,7 @@ SETTINGS = {
 INTERNAL = ("PROGRESS", "KEEP_EMBEDDINGS")  # what `python -m helpers run` tells its kernels
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_TOKEN", "ENDPOINT_API_KEY")
 # Anything like a key, and a password in a URL.
-KEY_LIKE = re.compile(r"\b(?:sk|hf)[-_][\w*.-]{4,}|(?<=://)[^/@\s]+(?=@)")
+KEY_LIKE = re.compile(r"\b(?:sk|hf|gsk|xai)[-_][\w*.-]{4,}|\bAIza[\w-]{20,}|(?<=://)[^/@\s]+(?=@)")
 ROLES = {
     "teacher": "TEACHER_MODEL",
     "question-writer": "WRITER_MODEL",
@@ -69,7 +74,9 @@ class RunStopped(RuntimeError):
 class CallFailed(RuntimeError):
     """The live model did not answer this call. Its row is invalid, and the next run asks again."""
 
-    status: int | None = None  # the HTTP status, if there was one
+    def __init__(self, said: str, status: int | None = None) -> None:
+        super().__init__(said)
+        self.status = status  # the HTTP status, if there was one
 
 
 def setting(name: str) -> str:

@@ -16,6 +16,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback
 from numpy import ndarray
 
 from .embeddings import embed
+from .log import SHOWN
 
 Item = tuple[str, ...]  # question, evidence (reference answer or context), answer to judge
 
@@ -365,7 +366,8 @@ class LocalJudge(CustomLLM):
     def chat(self, messages: list[ChatMessage], **kwargs: Any) -> ChatResponse:
         """The judge's reply to an evaluator's prompt; a ValueError if it is another prompt."""
         plain = [{"role": one.role.value, "content": one.content} for one in messages]
-        reply, distribution = self._reply(read_prompt(plain, self.sections))
+        item = read_prompt(plain, self.sections)  # also where the texts are known: it checks
+        reply, distribution = self._reply(SHOWN.get() or item)
         tokens = [
             LogProb(token=f"{score:g}", logprob=float(np.log(p)))
             for score, p in distribution.items()

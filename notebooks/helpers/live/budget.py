@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary, proxy
 import pandas as pd
 from llama_index.core.utils import get_tokenizer  # cl100k_base, which comes with LlamaIndex
 
-from ..log import STAGE, CallLog, prompt_text
+from ..log import BATCH, STAGE, CallLog, prompt_text
+from ..rows import write_text
 from ..settings import RunStopped, cap, name_of, setting
 
 MAX_TOKENS = 1024  # of a reply
@@ -34,9 +35,11 @@ PRICED_AS = {
     "stand-in-answerer": "gpt-4.1-nano",
 }
 JOB = "finetuning_job.json"  # beside the log: the newest job, and those before it
-BATCH, BATCH_PRICE = "batch", 0.5  # a mark in a row's usage: from a batch, at half the price
+FAILED_CALLS = "failed_calls.json"  # beside the log: {model: [calls, prompt tokens, reply tokens]}
+BATCH_PRICE = 0.5  # the share that a call in OpenAI's Batch API costs
 # The longest prompt of the notebooks: three texts of MAX_TOKENS, or two chunks, and instructions.
 PROMPT_TOKENS = 4096
+MOST_TOKENS = 10**9  # of a call; what is reported beyond it is not believed
 MARGIN = 1.25  # another tokenizer may count this much more than ours
 
 _budgets: WeakKeyDictionary = WeakKeyDictionary()
@@ -108,7 +111,7 @@ def dollars_of(model: str, prompt: int = 0, reply: int = 0, trained: int = 0) ->
 def priced_as(log: CallLog, name: str) -> str:
     """The model whose price a logged name has: the model behind a persona or a stand-in."""
     priced = (model for stand_in, model in PRICED_AS.items() if name.startswith(stand_in))
-    return next(priced, log.models.get(name, name))
+    return next(priced, log.model_of(name))
 
 
 def no_price(model: str, training: bool = False) -> str:
@@ -121,11 +124,17 @@ def no_price(model: str, training: bool = False) -> str:
     )
 
 
+def _is_count(said: Any) -> bool:
+    """Whether a provider's number of tokens can be one. What is odd is counted here instead."""
+    return type(said) is int and 0 <= said <= MOST_TOKENS
+
+
 def tokens_of(row: dict) -> tuple[int, int, bool]:
     """(prompt tokens, reply tokens, whether the provider reported them, or they were counted)."""
-    usage = row["usage"] or {}
-    prompt, reply = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-    if prompt is not None and reply is not None:
+    usage = row["usage"] if isinstance(row["usage"], dict) else {}
+    prompt: Any = usage.get("prompt_tokens")
+    reply: Any = usage.get("completion_tokens", 0)
+    if _is_count(prompt) and _is_count(reply):
         return prompt, reply, True
     embedded = any(message["role"] == "input" for message in row["messages"])
     return prompt_tokens(row), 0 if embedded else len(get_tokenizer()(row["response"])), False
@@ -150,11 +159,18 @@ def noted_jobs(log: CallLog) -> list[dict]:
     return [job, *job.pop("earlier")] if job else []
 
 
+def failed_calls(log: CallLog) -> dict[str, list[int]]:
+    """Calls that were sent and brought no reply: {model: [calls, prompt tokens, reply tokens]}."""
+    path = log.path.with_name(FAILED_CALLS)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 class Budget:
     """What the rows of a log have cost, and what its calls under way may cost.
 
     A call reserves the most that it can cost before it is sent, so calls under way cannot pass the
-    cap together. BUDGET_CALLS and BUDGET_DOLLARS are read at each call.
+    cap together. Each attempt counts, also one that failed. BUDGET_CALLS and BUDGET_DOLLARS are
+    read at each call.
     """
 
     def __init__(self, log: CallLog) -> None:
@@ -162,6 +178,7 @@ class Budget:
         self._rows, self._counted = 0.0, 0  # dollars of the rows so far, and where these end
         self._unpriced = False
         self._asked, self._reserved = 0, 0.0  # calls under way, and the dollars for them
+        self._failed = failed_calls(log)
 
     @classmethod
     def of(cls, log: CallLog) -> "Budget":
@@ -176,7 +193,24 @@ class Budget:
         for job in noted_jobs(self.log):
             model = job["base_model"]
             dollars += self._known(model, dollars_of(model, trained=job["tokens"]), training=True)
+        for model, (_, *tokens) in self._failed.items():
+            dollars += self._known(model, dollars_of(model, *tokens))
         return dollars
+
+    def note_failed(self, calls: tuple[dict, ...], refused: bool) -> None:
+        """Count calls that were sent and brought no reply.
+
+        If they were not refused, the provider may have answered: the whole reply is in the bill.
+        """
+        for call in calls:
+            model = priced_as(self.log, call["model"])
+            embedded = call["messages"][0]["role"] == "input"
+            tokens = prompt_tokens(call), 0 if embedded else reply_cap(model)
+            cost = (0, 0) if refused else tokens
+            before = self._failed.get(model, [0, 0, 0])
+            self._failed[model] = [old + new for old, new in zip(before, (1, *cost))]
+        path = self.log.path.with_name(FAILED_CALLS)
+        write_text(path, json.dumps(self._failed, indent=1) + "\n")
 
     def __str__(self) -> str:
         return f", ${self.spent():.4f}{' and what has no price' * self._unpriced} so far"
@@ -199,7 +233,8 @@ class Budget:
         """Why the budget does not allow so many more calls and dollars now; "" if it does."""
         most_calls, most = cap("BUDGET_CALLS"), cap("BUDGET_DOLLARS")
         go_on = "What was answered is kept; raise the cap and run again to go on."
-        if calls and most_calls and len(self.log) + self._asked + calls > most_calls:
+        asked_so_far = len(self.log) + self._asked + sum(one for one, *_ in self._failed.values())
+        if calls and most_calls and asked_so_far + calls > most_calls:
             asked = f", and {calls} more are asked for" if calls > 1 else ""
             return f"the budget of {most_calls:g} calls is used up{asked} (BUDGET_CALLS). {go_on}"
         if most is None or (so_far := self.spent() + self._reserved) + dollars <= most:
@@ -259,6 +294,9 @@ def cost_table(log: CallLog) -> pd.DataFrame:
         model, tokens, reported = job["base_model"], job["tokens"], bool(job["trained_tokens"])
         dollars = dollars_of(model, trained=tokens)
         lines.append(("fine-tuning", model, 1, tokens, 0, reported, model, dollars))
+    for model, (calls, prompt, reply) in failed_calls(log).items():
+        dollars = dollars_of(model, prompt, reply)
+        lines.append(("(no reply, at most)", model, calls, prompt, reply, False, model, dollars))
     names = ["stage", "model", "calls", "prompt tokens", "reply tokens", "tokens", "priced as", "$"]
     table = pd.DataFrame(lines, columns=names)
     if table.empty:

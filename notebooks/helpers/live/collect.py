@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..log import CallLog, make_row, request_id
+from ..log import BATCH, CallLog, details_of, make_row, request_id
 from ..rows import DamagedFile, load_rows, save_rows, write_text
 from ..settings import RunStopped, id_of, models_of, name_of, served_like
-from .budget import BATCH, Budget
+from .budget import Budget
 from .models import (
     ask_and_block,
     client_of,
-    logprobs_of,
+    read_body,
     request_settings,
     start_once,
     tell,
@@ -51,7 +51,9 @@ def fill(
         if len(given) > 1:
             wrong.append(f"{given[1][0]}: {name}: answered {len(given)} times, so none was taken")
         elif given and name in calls:
-            row = make_row(calls[name], *given[0][1])
+            *parts, model = given[0][1]
+            other, batch = log.other_model(calls[name], model), Path(results_path).stem
+            row = make_row(calls[name], *parts, batch=batch, replied_by=other)
             if log.append(row)["response"] != row["response"]:
                 wrong.append(f"{given[0][0]}: {name}: the log holds another answer, which stays")
     log.sync()
@@ -77,14 +79,13 @@ def _read_result(result: dict) -> tuple[str, tuple, str]:
         raise TypeError("custom_id is not text")
     if error or reply.get("status_code") != 200:
         return name, (), json.dumps(error or reply, ensure_ascii=False)
-    choice, usage = reply["body"]["choices"][0], reply["body"].get("usage")
-    if usage and str(result.get("id")).startswith("batch_req"):
-        usage = {**usage, BATCH: True}
-    content = choice["message"]["content"]
-    if not isinstance(content, str | None):
+    if not isinstance(reply["body"]["choices"][0]["message"]["content"], str | list | None):
         raise TypeError("content is not text")
-    # A refusal has no content. It was paid for, and is an empty reply.
-    return name, (content or "", usage, choice.get("finish_reason"), logprobs_of(choice)), ""
+    text, reason, logprobs = read_body(reply["body"])
+    usage, _, model = details_of(reply["body"])
+    if usage and str(result.get("id")).startswith("batch_req"):
+        usage[BATCH] = True
+    return name, (text, usage, reason, logprobs, model), ""
 
 
 def answer_requests(log: CallLog) -> list[str]:
@@ -106,8 +107,7 @@ def answer_requests(log: CallLog) -> list[str]:
     new: dict[str, list[dict]] = {}  # model id -> its requests
     for name, request in pending.items():
         if not any(name in one["requests"] for one in noted.values()):
-            logged = request["body"]["model"]
-            new.setdefault(log.models.get(logged, logged), []).append(request)
+            new.setdefault(log.model_of(request["body"]["model"]), []).append(request)
     places, clients = {id_of(model): model for model in roles.values()}, {}
     for model in {*new, *(one["model"] for one in noted.values())}:
         # A fine-tuned model is where its base is.

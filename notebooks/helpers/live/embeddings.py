@@ -10,8 +10,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from ..embeddings import local_embedding
 from ..log import CallLog, MissingCall, call_key, kept, make_row
 from ..settings import LOCAL, name_of
-from .budget import Budget
-from .models import TIMEOUT, access, ask, ask_and_block
+from .models import access, ask, ask_and_block, http_settings
 
 
 class HostedEmbedding(BaseEmbedding):
@@ -37,25 +36,31 @@ class HostedEmbedding(BaseEmbedding):
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         if new := self._new(texts):
-            with Budget.of(self._log).reserved(*new.values()):
-                vectors = ask_and_block(self._client().get_text_embedding_batch, list(new))
-                self._keep(new, vectors)
+            of = self._log, *new.values()
+            vectors = ask_and_block(self._client().get_text_embedding_batch, list(new), of=of)
+            self._keep(new, vectors)
         return self._kept(texts)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         """As above, without blocking the event loop, in which chats may be under way."""
         if new := self._new(texts):
-            async with Budget.of(self._log).room_for(*new.values()):
-                vectors = await ask(self._client().aget_text_embedding_batch, list(new))
-                self._keep(new, vectors)
+            of = self._log, *new.values()
+            vectors = await ask(self._client().aget_text_embedding_batch, list(new), of=of)
+            self._keep(new, vectors)
         return self._kept(texts)
 
     def _client(self) -> BaseEmbedding:
+        import openai
         from llama_index.embeddings.openai import OpenAIEmbedding
 
         url, key = access(self._model, whole_api=True)
         return OpenAIEmbedding(
-            model_name=self.model_name, api_base=url, api_key=key, timeout=TIMEOUT, max_retries=0
+            model_name=self.model_name,
+            api_base=url,
+            api_key=key,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(**http_settings()),
+            async_http_client=openai.DefaultAsyncHttpxClient(**http_settings(awaited=True)),
         )
 
     def _call(self, text: str) -> dict:
@@ -65,7 +70,7 @@ class HostedEmbedding(BaseEmbedding):
     def _new(self, texts: list[str]) -> dict[str, dict]:
         """{text: its call} of the texts that the log does not hold."""
         calls = {text: self._call(text) for text in texts}
-        new = {text: one for text, one in calls.items() if not self._log.get(call_key(**one))}
+        new = {text: one for text, one in calls.items() if not self._log.find(call_key(**one))}
         if new and self._log.mode == "replay":
             raise MissingCall(self._log.explain_missing(next(iter(new.values()))))
         if new:

@@ -2,10 +2,16 @@
 
 import asyncio
 import email.utils
+import json
 import random
+import re
+import socket
+import ssl
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +30,11 @@ from .budget import Budget, reasons, reply_cap
 ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds, doubled each time: at least 15 in all, enough for a server's restart
 LONGEST_WAIT = 600.0  # seconds; a call whose provider asks for a longer wait is given up
-TIMEOUT = 120.0  # seconds, of a call
 TEMPERATURE = 0.1  # of a call that names none, as in LlamaIndex
 HUGGING_FACE = "https://router.huggingface.co/v1"  # its inference providers, as OpenAI's API
+WRONG_ADDRESS = (socket.gaierror, ssl.SSLCertVerificationError)  # no such host, or not sure
+NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
+LONGEST_TEXT = 500  # characters of an error that are shown
 STOPS = {
     401: "the key is missing or not valid",
     402: "the account has no credit left",
@@ -53,13 +61,11 @@ class Live:
 
     async def ask(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
         """The model's reply to a call. RunStopped or CallFailed if there is none."""
-        async with Budget.of(log).room_for(call):
-            return await ask(self().achat, messages, **call["params"])
+        return await ask(self().achat, messages, of=(log, call), **call["params"])
 
     def ask_and_block(self, log: CallLog, call: dict, messages: list[ChatMessage]) -> ChatResponse:
         """As `ask`, for a call that is not awaited."""
-        with Budget.of(log).reserved(call):
-            return ask_and_block(self().chat, messages, **call["params"])
+        return ask_and_block(self().chat, messages, of=(log, call), **call["params"])
 
 
 def live(model: str | LLM) -> Live:
@@ -94,6 +100,8 @@ def access(model: str, whole_api: bool = False) -> tuple[str | None, str]:
             f"{id_of(model)!r}: its endpoint's URL holds a password, which would be shown; give "
             f"it as {name} instead"
         )
+    if url and not re.match(r"https?://[^/]", url):
+        raise RunStopped(f"{id_of(model)!r}: {redact(url)!r} is no http or https URL")
     if key := setting(name) or (name == "HF_TOKEN" and setting("HUGGING_FACE_TOKEN")):
         return url or None, key
     if name == "ENDPOINT_API_KEY":
@@ -118,7 +126,39 @@ def client_of(model: str, whole_api: bool = False) -> Any:
     import openai
 
     url, key = access(model, whole_api)
-    return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=0)
+    http = openai.DefaultHttpxClient(**http_settings())
+    return openai.OpenAI(base_url=url, api_key=key, http_client=http, max_retries=0)
+
+
+def http_settings(awaited: bool = False) -> dict:
+    """Settings of an HTTP client: the limits of a reply, and that it follows no redirect.
+
+    A redirect would send prompts to another host, and take that host's answers for the model's. A
+    file that is downloaded has no limits. The time limit of awaited calls is in `ask`.
+    """
+    seconds, most = settings.number("REPLY_SECONDS"), settings.number("REPLY_MEGABYTES") * 1e6
+
+    def add(part: bytes, content: bytearray, began: float) -> None:
+        content += part
+        if len(content) > most or not awaited and time.monotonic() - began > seconds:
+            raise ValueError("the reply is beyond REPLY_MEGABYTES or REPLY_SECONDS")
+
+    def read(response: Any) -> None:
+        content, began = bytearray(), time.monotonic()
+        if not response.url.path.endswith("/content"):
+            for part in response.iter_bytes():
+                add(part, content, began)
+            response._content = bytes(content)
+
+    async def read_awaited(response: Any) -> None:
+        content = bytearray()
+        async for part in response.aiter_bytes():
+            add(part, content, 0)
+        response._content = bytes(content)
+
+    hooks = {"response": [read_awaited if awaited else read]}
+    timeout = None if awaited else seconds
+    return {"timeout": timeout, "follow_redirects": False, "event_hooks": hooks}
 
 
 def _endpoint(model: str) -> LLM:
@@ -128,7 +168,7 @@ def _endpoint(model: str) -> LLM:
 
     async def opened(url: str | None, key: str | None) -> AsyncIterator[AsyncOpenAI]:
         """Yield a client that is closed with its event loop. aiohttp takes half of httpx's time."""
-        http = DefaultAioHttpClient(timeout=TIMEOUT)
+        http = DefaultAioHttpClient(**http_settings(awaited=True))
         async with AsyncOpenAI(base_url=url, api_key=key, http_client=http, max_retries=0) as one:
             yield one
 
@@ -153,13 +193,20 @@ def _endpoint(model: str) -> LLM:
             body = {"messages": plain, **self._get_model_kwargs(**kwargs)}
             path, cast_to = "/chat/completions", httpx.Response
             raw = (await self._open_client.post(path, cast_to=cast_to, body=body)).json()
-            choice = raw["choices"][0]
-            message = ChatMessage(role="assistant", content=choice["message"].get("content"))
+            text, reason, logprobs = read_body(raw)
             tokens = [
-                [LogProb(token=token, logprob=p) for token, p in place.items()]
-                for place in logprobs_of(choice)
+                [LogProb(token=one, logprob=place[one]) for one in place] for place in logprobs
             ]
-            return ChatResponse(message=message, raw=raw, logprobs=tokens or None)
+            told = {"usage": raw.get("usage"), "model": raw.get("model"), "finish_reason": reason}
+            message = ChatMessage(role="assistant", content=text)
+            return ChatResponse(message=message, raw=told, logprobs=tokens or None)
+
+        def chat(self, messages: Any, **kwargs: Any) -> ChatResponse:
+            # In an event loop of its own, so the client is its own too.
+            limit, achat = settings.number("REPLY_SECONDS"), _endpoint(model).achat
+            call = asyncio.wait_for(achat(messages, **kwargs), limit)
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(asyncio.run, call).result()
 
         def _get_model_kwargs(self, **kwargs: Any) -> dict:
             return {"model": self.model, **request_settings(self.model, kwargs)}
@@ -168,13 +215,49 @@ def _endpoint(model: str) -> LLM:
     return Endpoint(model=name_of(model), api_base=url, api_key=key, max_retries=0)
 
 
+def read_body(body: Any) -> tuple[str, str | None, list[dict[str, float]]]:
+    """(text, finish reason, log-probabilities) of a reply in OpenAI's form; see `logprobs_of`.
+
+    All that was answered is kept, for it was paid for. A refusal is a text with the finish reason
+    "refusal". Without a choice, the text is empty, and the finish reason is the provider's error.
+
+    Raises:
+        CallFailed: it names the HTTP status of an error, so it is met like one.
+        ValueError: it is no JSON object.
+    """
+    if not isinstance(body, dict):
+        raise ValueError(f"the reply is no JSON object: {one_line(str(body))}")
+    choices = body.get("choices")
+    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+        error = body.get("error") or body
+        error = error if isinstance(error, dict) else {"message": error}
+        said = one_line(redact(json.dumps(error.get("message", error), ensure_ascii=False)))
+        if type(code := error.get("code")) is int and 400 <= code < 600:
+            raise CallFailed(said, code)
+        return "", f"no choice in the reply: {said}", []
+    reason, message = choices[0].get("finish_reason"), choices[0].get("message")
+    message = message if isinstance(message, dict) else {}
+    content = message.get("content")
+    if isinstance(content, list):  # parts
+        texts = [one.get("text") if isinstance(one, dict) else one for one in content]
+        content = "".join(text for text in texts if isinstance(text, str))
+    if not content and (refusal := message.get("refusal")):
+        content, reason = refusal, "refusal"
+    text = content if isinstance(content, str | None) else json.dumps(content)
+    return text or "", reason, logprobs_of(choices[0])
+
+
 def logprobs_of(choice: dict) -> list[dict[str, float]]:
     """{alternative: log-probability} of each token of a choice in OpenAI's form; [] without any."""
-    places = (choice.get("logprobs") or {}).get("content") or []
-    tops = [place.get("top_logprobs") or [] for place in places]
-    for top in tops:
-        top.sort(key=lambda one: one["logprob"])  # of a token that is listed twice, the likelier
-    return [{one["token"]: one["logprob"] for one in top} for top in tops] if any(tops) else []
+    try:
+        places = (choice.get("logprobs") or {}).get("content") or []
+        tops = [place.get("top_logprobs") or [] for place in places]
+        for top in tops:
+            top.sort(key=lambda one: one["logprob"])  # of a token listed twice, the likelier
+        found = [{f"{one['token']}": float(one["logprob"]) for one in top} for top in tops]
+    except (AttributeError, LookupError, TypeError, ValueError):  # the reply is kept without them
+        return []
+    return found if any(found) else []
 
 
 def _local(model: str) -> LLM:
@@ -195,6 +278,8 @@ def _local(model: str) -> LLM:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status of a client's error, if it has one."""
+    if isinstance(error, CallFailed):
+        return error.status
     response = getattr(error, "response", None)
     return getattr(error, "status_code", None) or getattr(response, "status_code", None)
 
@@ -205,24 +290,61 @@ def is_transient(error: BaseException) -> bool:
     import openai
     import requests
 
-    too_long = (retry_after(error) or 0) > LONGEST_WAIT
-    if too_long or getattr(error, "code", None) == "insufficient_quota":
+    too_long, root = (retry_after(error) or 0) > LONGEST_WAIT, root_of(error)
+    if too_long or getattr(error, "code", None) in NO_QUOTA or isinstance(root, WRONG_ADDRESS):
         return False
     if (status := status_of(error)) is not None:
         return status in (408, 409, 429) or status >= 500 and status != 501  # 501: never will be
+    if isinstance(root, ValueError):
+        return False  # a limit of ours, or a bad URL
     broken = openai.APIConnectionError, httpx.TransportError, ConnectionError, TimeoutError
     return isinstance(error, (*broken, requests.ConnectionError, requests.Timeout))
 
 
+def root_of(error: BaseException) -> BaseException:
+    """What an error was raised from in the end."""
+    cause = error.__cause__ or error.__context__
+    return root_of(cause) if cause else error
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text in one line; of a web page, without its tags."""
+    if re.search(r"<(?:!doctype|html|body)\b", text, re.I):
+        text = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", text)
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
+
+
+def _said(error: BaseException) -> str:
+    """An error's words. One of the connection names the host and the cause."""
+    import openai
+
+    if not isinstance(error, openai.APIConnectionError):
+        late = isinstance(error, TimeoutError) and not str(error)
+        return f"{type(error).__name__}: {'no whole reply in REPLY_SECONDS' if late else error}"
+    url, root = error.request.url, root_of(error)
+    proxy = urllib.request.getproxies().get(url.scheme)
+    through = f" through the proxy {proxy}" if proxy else ""
+    return f"{url.scheme}://{url.netloc.decode()}{through}: {type(root).__name__}: {root}"
+
+
+def _headers(error: BaseException | None) -> Any:
+    return getattr(getattr(error, "response", None), "headers", None) or {}
+
+
 def retry_after(error: BaseException | None) -> float | None:
     """Seconds that the server asks to wait, in `Retry-After`: a number, or a date."""
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    said = headers.get("retry-after", "")
+    said = (headers := _headers(error)).get("retry-after", "")
     try:
         return max(0.0, float(said))
     except ValueError:
-        date = email.utils.parsedate_tz(said)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+        # The server's own clock, if it says the time: ours may be wrong.
+        date, now = (email.utils.parsedate_tz(one) for one in (said, headers.get("date", "")))
+    try:
+        since = email.utils.mktime_tz(now) if now else time.time()
+        return max(0.0, email.utils.mktime_tz(date) - since) if date else None
+    except (ValueError, OverflowError):  # no such year
+        return None
 
 
 def _wait(state: RetryCallState) -> float:
@@ -247,32 +369,63 @@ def _failing(retrying: AsyncRetrying | Retrying) -> Iterator[None]:
     except RunStopped:
         raise
     except Exception as error:  # of whatever client: it ends here, and the row or the run says it
-        raw, attempts = f"{type(error).__name__}: {error}", retrying.statistics["attempt_number"]
+        raw, attempts = _said(error), retrying.statistics["attempt_number"]
         said, status = redact(raw), status_of(error)
-        no_quota = getattr(error, "code", None) == "insufficient_quota"
-        why = "the account has no quota left" if no_quota else STOPS.get(status or 0)
+        why, shown = STOPS.get(status or 0), one_line(said)
+        if getattr(error, "code", None) in NO_QUOTA:
+            why = "the account has no quota left"
+        elif isinstance(root_of(error), WRONG_ADDRESS):
+            why = "this address cannot be reached"
+        elif status and 300 <= status < 400:
+            to = redact(_headers(error).get("location", ""))
+            why = f"the endpoint redirects to {to!r}, which is not followed: name that address"
         failure: RunStopped | CallFailed
         if why:
-            failure = RunStopped(f"{why}: {said}. What was answered is kept; run again to go on.")
+            failure = RunStopped(f"{why}: {shown}. What was answered is kept; run again to go on.")
         else:
-            failure = CallFailed(said + (f" (asked {attempts} times)" if attempts > 1 else ""))
+            failure = CallFailed(shown + (f" (asked {attempts} times)" if attempts > 1 else ""))
         failure.status = status
         # The traceback of an error that quotes a key would show the key.
         raise failure from (error if said == raw else None)
 
 
-async def ask(call: Callable[..., Awaitable], *args: Any, **kwargs: Any) -> Any:
-    """Await a live call, and again while it fails for a while. RunStopped or CallFailed if not."""
+@contextmanager
+def _counted(of: tuple) -> Iterator[None]:
+    """Count a failure against the budget of `of`: a log and its calls, or () for no budget."""
+    try:
+        yield
+    except Exception as error:
+        # What reached no server was not asked. Without an HTTP status, it may have been answered.
+        if of and not isinstance(root_of(error), (*WRONG_ADDRESS, ConnectionRefusedError)):
+            Budget.of(of[0]).note_failed(of[1:], refused=status_of(error) is not None)
+        raise
+
+
+async def ask(call: Callable[..., Awaitable], *args: Any, of: tuple = (), **kwargs: Any) -> Any:
+    """Await a live call, and again while it fails for a while. RunStopped or CallFailed if not.
+
+    An attempt has REPLY_SECONDS, and room in the budget of `of`: a log, and its calls to ask.
+    """
+    seconds = settings.number("REPLY_SECONDS")
+
+    async def attempt() -> Any:
+        async with Budget.of(of[0]).room_for(*of[1:]) if of else nullcontext():
+            with _counted(of):
+                return await asyncio.wait_for(call(*args, **kwargs), seconds)
+
     with _failing(retrying := AsyncRetrying(**retry_policy())):
-        async for attempt in retrying:
-            with attempt:
-                return await call(*args, **kwargs)
+        return await retrying(attempt)
 
 
-def ask_and_block(call: Callable, *args: Any, **kwargs: Any) -> Any:
-    """As `ask`, for a call that is not awaited."""
+def ask_and_block(call: Callable, *args: Any, of: tuple = (), **kwargs: Any) -> Any:
+    """As `ask`, for a call that is not awaited and has a time limit of its own."""
+
+    def attempt() -> Any:
+        with Budget.of(of[0]).reserved(*of[1:]) if of else nullcontext(), _counted(of):
+            return call(*args, **kwargs)
+
     with _failing(retrying := Retrying(**retry_policy())):
-        return retrying(call, *args, **kwargs)
+        return retrying(attempt)
 
 
 def start_once(what: str, create: Callable, **settings: Any) -> Any:
