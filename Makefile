@@ -46,8 +46,8 @@ batch: .venv/installed ## as record, through OpenAI's Batch API: half the price,
 fill: .venv/installed ## merge answers into a log: make fill LOG=data/recorded/correctness/calls.jsonl RESULTS=results.jsonl
 	@$(BIN)/python -m helpers fill $(LOG) $(RESULTS)
 
-published: .venv/installed ## download the real verdicts and texts of the published run of 2023 into data/published
-	@$(BIN)/python -m helpers published
+published: .venv/installed ## download real verdicts of GPT-4 and their texts into data/published; SET=llmbar or SET=prometheus for those with people's labels, or with scores
+	@$(BIN)/python -m helpers published $(SET)
 
 notebooks: .venv/installed ## for maintainers: run the notebooks and write their outputs back into notebooks/
 	@$(BIN)/python -m helpers run --in-place $(NOTEBOOK)

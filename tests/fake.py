@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from llama_index.core import SummaryIndex
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -15,7 +16,17 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
 )
 from llama_index.core.bridge.pydantic import PrivateAttr
-from llama_index.core.llms import CustomLLM
+from llama_index.core.llms import LLM, CustomLLM
+from llama_index.core.schema import TextNode
+
+from helpers import answer_questions
+
+
+def answered(llm: LLM, *pairs: dict) -> list[dict]:
+    """Let an LLM answer each pair's `question` from its `context` alone."""
+    indices = (SummaryIndex([TextNode(text=pair["context"])]) for pair in pairs)
+    engines = [("m", index.as_query_engine(llm=llm)) for index in indices]
+    return asyncio.run(answer_questions(list(pairs), engines))
 
 
 class FakeLive(CustomLLM):

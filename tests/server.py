@@ -18,10 +18,14 @@ from collections.abc import Callable
 from aiohttp import web
 
 
-def reply_to(messages: list[dict]) -> str:
-    """What a model might say to one of the notebooks' prompts; it depends on the prompt alone."""
+def reply_to(messages: list[dict], before: int = 0) -> str:
+    """What a model might say to one of the notebooks' prompts.
+
+    It depends on the prompt alone, or also on how often this was asked `before`.
+    """
     text = messages[-1]["content"]
-    number = int(hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:8], 16)
+    asked = json.dumps([messages, before] if before else messages)
+    number = int(hashlib.sha256(asked.encode()).hexdigest()[:8], 16)
     if "[[A]]" in messages[0]["content"]:
         return f"Because of {number}.\n\nFinal Verdict: [[{'ABC'[number % 3]}]]"
     if "## Generated Answer" in text and "## Context" in text:

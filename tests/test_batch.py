@@ -15,7 +15,7 @@ from helpers import __main__ as command
 from helpers.live import models
 from helpers.live.budget import MAX_TOKENS, Budget
 from helpers.live.collect import answer_requests
-from helpers.log import Collected
+from helpers.log import Collected, run_stage
 from helpers.settings import RunStopped
 
 CREATED = ("POST", "/v1/batches")
@@ -33,30 +33,15 @@ def path(tmp_path):
     return tmp_path / "snapshot" / "calls.jsonl"
 
 
-def judged(rows, path, personas=("", "-terse"), model="gpt-4.1"):
-    """Rows judged under two logged names of one model, as a notebook's stage would.
-
-    Raises:
-        Collected: not all are answered.
-    """
-    log = CallLog(path)
-
-    async def go():
-        done = []
-        for i, persona in enumerate(personas):
-            llm = log.llm(model.split("@")[0] + persona, live(model), params={"temperature": 0})
-            done += [judge_rows(rows[i :: len(personas)], CorrectnessEvaluator(llm=llm), name="t")]
-        results = await asyncio.gather(*done, return_exceptions=True)
-        if stopped := next((one for one in results if isinstance(one, BaseException)), None):
-            raise stopped
-        return [row for part in results for row in part]
-
-    return asyncio.run(go())
+def judged(rows, path, model="gpt-4.1"):
+    """Rows judged by a model; Collected if not all are answered."""
+    llm = CallLog(path).llm(model, live(model), params={"temperature": 0})
+    return asyncio.run(judge_rows(rows, CorrectnessEvaluator(llm=llm), name="t"))
 
 
-def collected(rows, path, **settings):
+def collected(rows, path, *model):
     with pytest.raises(Collected):
-        judged(rows, path, **settings)
+        judged(rows, path, *model)
     return CallLog(path)
 
 
@@ -80,9 +65,8 @@ def test_requests_go_out_under_the_model_s_own_id_and_come_back_in_any_order(
     assert sorted(line["custom_id"] for line in sent) == sorted(
         request["custom_id"] for request in load_rows(log.requests_path)
     )
-    assert {row["model"] for row in load_rows(path)} == {"gpt-4.1", "gpt-4.1-terse"} and max(
-        server.asked.values()
-    ) == 1
+    assert {row["model"] for row in load_rows(path)} == {"gpt-4.1"}
+    assert max(server.asked.values()) == 1
     done = judged(rows, path)
     for row in done:  # the server's replies depend on the prompt: each came to its row
         body = next(
@@ -353,7 +337,27 @@ def test_models_without_a_batch_api_are_named(rows, path, monkeypatch):
     ):
         monkeypatch.setenv("TEACHER_MODEL", model)
         with pytest.raises(RunStopped, match=f"'{model}'.*{said}"):
-            answer_requests(collected(rows, path, model=model, personas=("",)))
+            answer_requests(collected(rows, path, model))
+
+
+def test_each_model_has_a_batch_of_its_own(rows, path, server, monkeypatch):
+    monkeypatch.setenv("ANSWERER_MODEL", f"gpt-5-nano@{server.url}")
+    log, models = CallLog(path), ("gpt-4.1", "gpt-5-nano")
+
+    async def asked():
+        stage = [log.llm(model).acomplete(row["question"]) for row in rows[:4] for model in models]
+        return [reply.text for reply in await run_stage("t", stage)]
+
+    with pytest.raises(Collected, match="8 of 8 rows wait"):
+        asyncio.run(asked())
+    assert answer_requests(log) == [] and len(set(asyncio.run(asked()))) == 4
+    sent = [
+        {(one["body"]["model"], "temperature" in one["body"]) for one in map(json.loads, lines)}
+        for lines in (
+            server.files[batch["input"]].splitlines() for batch in server.batches.values()
+        )
+    ]
+    assert sent == [{("gpt-4.1", True)}, {("gpt-5-nano", False)}]
 
 
 def test_a_busy_log_stops_the_batch_without_a_traceback(tmp_path, monkeypatch, capsys):

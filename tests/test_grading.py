@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fake import FakeLive
+from fake import FakeLive, answered
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LogProb
 from llama_index.core.evaluation import CorrectnessEvaluator
 
@@ -17,13 +17,13 @@ from helpers import (
     LocalFinetuneEngine,
     SingleGradingEvaluator,
     Student,
-    answer_in_context,
     compare_designs,
     compare_graders,
     correctness_report,
     embeddings,
     fill,
     finetuning_events,
+    generate,
     grading_report,
     items_of,
     judge_rows,
@@ -371,37 +371,13 @@ def test_fill_takes_log_probabilities_from_a_batch(tmp_path, grading_rows):
 # Generators
 
 
-def test_each_generator_answers_each_question_from_its_own_chunk():
-    pairs = [
-        {"question": f"Question {i}?", "context": f"Chunk number {i}.", "document": f"d{i}"}
-        for i in range(3)
-    ]
-    seen = []
-
-    class Remembers(FakeLive):
-        def chat(self, messages, **kwargs):
-            seen.append(messages[-1].content)
-            return super().chat(messages)
-
-    rows = asyncio.run(answer_in_context(pairs, [("a", Remembers()), ("b", FakeLive())]))
-    assert [
-        (row["question"], row["response_data"]["model"], row["response_data"]["context"])
-        for row in rows
-    ] == [(f"Question {i}?", model, f"Chunk number {i}.") for i in range(3) for model in "ab"]
-    assert rows[0]["document"] == "d0" and all(
-        f"Chunk number {i}." in text and f"Question {i}?" in text for i, text in enumerate(seen)
-    )
-    with pytest.raises(ValueError, match="pair 1: context must be a text, found None"):
-        asyncio.run(answer_in_context([pairs[0], {"question": "Why?"}], [("b", FakeLive())]))
-
-
 @pytest.mark.slow
 def test_the_extractive_answerer_quotes_the_nearest_sentences_in_their_order():
     pair = {
         "question": "Who was the engineer of the bridge, and when did it open?",
         "context": CONTEXT,
     }
-    [row] = asyncio.run(answer_in_context([pair], [("x", ExtractiveAnswerer(sentences=2))]))
+    [row] = answered(ExtractiveAnswerer(sentences=2), pair)
     assert (
         row["response_data"]["text"]
         == "The bridge opened in 1937. Joseph Strauss was its engineer."
@@ -412,9 +388,25 @@ def test_the_extractive_answerer_quotes_the_nearest_sentences_in_their_order():
         ExtractiveAnswerer().complete("Who was it?")
 
 
+def test_the_extractive_answerer_quotes_no_title_and_cuts_no_abbreviation(monkeypatch):
+    said = [
+        "The city lies on the St. Lawrence River, below Mt. Royal.",
+        "Dr. Chomedey founded it in 1642.",
+        "Winters are long.",
+    ]
+    monkeypatch.setattr(generate, "embed", lambda texts: np.eye(len(texts)))
+    context = f"title: History of Montreal\n\n{said[0]} {said[1]}\n\ntitle: Winter\n\n{said[2]}"
+    for k in (1, 2, 3):
+        [row] = answered(
+            ExtractiveAnswerer(sentences=k), {"question": "Where?", "context": context}
+        )
+        assert row["response_data"]["text"] == " ".join(said[:k])
+
+
 def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
-    rows = load_rows(BUNDLED / "test_qa.jsonl")
-    extracted = [row for row in rows if row["response_data"]["model"] == "local-extractive"]
+    rows = load_rows(DATA / "correctness" / "test_qa.jsonl") + load_rows(BUNDLED / "test_qa.jsonl")
+    extracted = [row for row in rows if row["response_data"]["model"] == "extractive"]
+    assert extracted
     encoder, noise = embeddings.local_embedding(), np.random.default_rng(0)
 
     class Noisy:
@@ -428,7 +420,7 @@ def test_float_noise_of_another_machine_chooses_the_same_sentences(monkeypatch):
         {"question": row["question"], "context": row["response_data"]["context"]}
         for row in extracted
     ]
-    again = asyncio.run(answer_in_context(pairs, [("x", ExtractiveAnswerer(sentences=2))]))
+    again = answered(ExtractiveAnswerer(sentences=2), *pairs)
     assert [row["response_data"]["text"] for row in again] == [
         row["response_data"]["text"] for row in extracted
     ]
@@ -467,25 +459,20 @@ def test_a_model_of_hugging_face_on_this_machine_is_a_generator(tmp_path, monkey
     model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(budget, "MAX_TOKENS", 5)
-    pairs = [{"question": "Who was it?", "context": CONTEXT}]
-    llm = CallLog(tmp_path / "c.jsonl", "record").llm(
-        "tiny", live(f"local:{tmp_path / 'tiny'}"), params={"temperature": 0.7}
-    )
-    recorded = asyncio.run(answer_in_context(pairs, [("tiny", llm)]))
-    replayed = asyncio.run(
-        answer_in_context(
-            pairs,
-            [
-                (
-                    "tiny",
-                    CallLog(tmp_path / "c.jsonl", "replay").llm(
-                        "tiny", params={"temperature": 0.7}
-                    ),
-                )
-            ],
-        )
-    )
-    assert recorded == replayed and len(load_rows(tmp_path / "c.jsonl")) == 1
+    pair, path = {"question": "Who was it?", "context": CONTEXT}, tmp_path / "c.jsonl"
+    log, tiny = CallLog(path, "record"), live(f"local:{tmp_path / 'tiny'}")
+    generation = tiny()._model.generation_config
+    for params, never, words, reason in (
+        ({"temperature": 0.7}, [0], 5, "length"),
+        ({"temperature": 0, "max_tokens": 3}, [0], 3, "length"),
+        ({"temperature": 0}, list(range(1, len(vocabulary))), 0, "stop"),  # it can but end
+    ):
+        generation.suppress_tokens = never
+        [row] = answered(log.llm("tiny", tiny, params=params), pair)
+        assert len(row["response_data"]["text"].split()) == words
+        assert [*log.rows()][-1]["finish_reason"] == reason
+        replayed = answered(CallLog(path, "replay").llm("tiny", params=params), pair)
+        assert [row] == replayed and len(log) == len(load_rows(path))
 
 
 # Metrics
@@ -733,7 +720,7 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     for file in ("test_qa_complete.jsonl", "single_grading_finetuning_events.jsonl"):
         shutil.copy(DATA / "single_grading" / file, tmp_path / "single_grading" / file)
     assert list(compare_designs(tmp_path)) == ["pairwise"]
-    # Where every answer is the same, no trivial judge has a correlation: a dash, and no error.
+    # Where every answer is the same, no simple rule has a correlation: a dash, and no error.
     (tmp_path / "correctness").mkdir()
     same = [
         {
@@ -748,7 +735,8 @@ def test_the_designs_are_told_from_the_files_that_are_there(tmp_path):
     save_rows(tmp_path / "correctness" / "test_qa_complete.jsonl", same)
     for file in ("train_qa.jsonl", "correction_finetuning_events.jsonl"):
         shutil.copy(DATA / "correctness" / file, tmp_path / "correctness")
-    assert compare_designs(tmp_path).loc["best trivial judge", "correctness"] == "– (overlap)"
+    said = compare_designs(tmp_path).loc["best simple rule", "correctness"]
+    assert said == "– (best_feature)"
 
 
 def test_what_cannot_be_read_is_not_learnt_from(tmp_path, bundled):

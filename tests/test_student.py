@@ -157,6 +157,7 @@ def test_a_strange_prompt_is_refused():
         ({"alpha": -0.1}, "expected 0 to 1"),
         ({"temperature": 0}, "temperature=0: expected above 0"),
         ({"verdicts": [4.0] * 12}, "all 12 rows have the verdict 4"),
+        ({"kinds": "length"}, "kinds='length': expected one of lexical, similarity"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused(settings, said):
@@ -174,6 +175,14 @@ def test_one_question_about_many_texts_is_enough(bundled):
     assert np.corrcoef(student.held_out @ student.labels, verdicts)[0, 1] > 0.4
     with pytest.raises(ValueError, match="1 different questions .* too few"):
         Student.fit([("Why?", "Because.", item[2]) for item in items], verdicts)
+
+
+def test_kinds_that_are_named_are_not_chosen(bundled, monkeypatch):
+    monkeypatch.setattr("helpers.student.embed", None)  # counts need no encoder
+    items, verdicts = bundled[0]
+    student = Student.fit(items[:60], verdicts[:60], kinds="lexical")
+    assert student.kinds == "lexical"
+    assert student.scores(items[60:70]).shape == (10,)
 
 
 def test_features_that_are_cached_cannot_be_changed():

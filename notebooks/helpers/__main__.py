@@ -169,12 +169,10 @@ def _fill(log_path: Path, results: Path, requests: Path | None) -> int:
     return int(bool(wrong))
 
 
-def _published() -> int:
-    wrong = published.download()
-    said = (
-        f"{len(published.FILES)} files in {published.FOLDER}: run them with "
-        "`SNAPSHOT=published make run NOTEBOOK=02_pairwise`"
-    )
+def _published(name: str) -> int:
+    wrong = published.download(name)
+    notebook = "01_correctness" if name == "prometheus" else "02_pairwise"
+    said = f"{published.FOLDER / name}: run `SNAPSHOT={name} make run NOTEBOOK={notebook}`"
     print("\n".join(wrong) or said)
     return int(bool(wrong))
 
@@ -199,14 +197,15 @@ def main() -> int:
     filling.add_argument("log", type=Path)
     filling.add_argument("results", type=Path)
     filling.add_argument("--requests", type=Path, help="by default requests.jsonl beside the log")
-    commands.add_parser("published", help="download the files of the published run of 2023")
+    fetching = commands.add_parser("published", help="download real verdicts of GPT-4")
+    fetching.add_argument("set", nargs="?", default="published", choices=published.SETS)
     given = parser.parse_args()
     if given.command == "run":
         return run(given.notebooks or list(PARTS), given.in_place)
     if given.command == "batch":
         return run_in_batches(given.notebooks or list(PARTS))
     if given.command == "published":
-        return _published()
+        return _published(given.set)
     return _fill(given.log, given.results, given.requests)
 
 

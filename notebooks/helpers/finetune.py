@@ -197,6 +197,7 @@ class LocalFinetuneEngine:
     alpha: float = 1.0  # see `distillation_loss`
     temperature: float = 1.0
     scale: tuple[float, float] = (1, 5)  # the ends of the teacher's scale, where it gave scores
+    kinds: str | None = None  # of features; by default, cross-validation chooses them
     student: Student = field(init=False, repr=False)  # there after `finetune`
     _job: SimpleNamespace | None = field(default=None, init=False, repr=False)
 
@@ -227,7 +228,8 @@ class LocalFinetuneEngine:
         soft = [{one: said.count(one) / len(said) for one in said} for said in samples.values()]
         hard = list(map(majority if pairs else lower_median, soft))
         kind = PairStudent if pairs else Student
-        student = kind.fit(list(samples), hard, soft, self.alpha, self.temperature)
+        settings = self.alpha, self.temperature, self.kinds
+        student = kind.fit(list(samples), hard, soft, *settings)
         self.student = student
         self._job = SimpleNamespace(
             status="succeeded",

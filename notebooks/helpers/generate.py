@@ -1,21 +1,24 @@
 """Generate: documents -> chunks -> questions with reference answers -> answers to judge."""
 
+import itertools
 import json
 import random
 import re
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_index.core import SummaryIndex
+from llama_index.core import SummaryIndex, VectorStoreIndex
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.evaluation.dataset_generation import DEFAULT_QUESTION_GENERATION_PROMPT
 from llama_index.core.llms import LLM, CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.node_parser.text.utils import split_by_sentence_tokenizer
 from llama_index.core.prompts import PromptTemplate
-from llama_index.core.query_engine import BaseQueryEngine
+from llama_index.core.query_engine import BaseQueryEngine, CustomQueryEngine, RetrieverQueryEngine
 from llama_index.core.readers.base import BaseReader
-from llama_index.core.schema import BaseNode, Document, MetadataMode, TextNode
+from llama_index.core.schema import BaseNode, Document, MetadataMode
 
 from .embeddings import embed
 from .log import FINISH, run_stage
@@ -24,14 +27,45 @@ from .rows import DATA, judge_mode, snapshot_folder, write_text
 from .settings import redact
 
 QA_PROMPT = re.compile(r"-{21}\n(.*)\n-{21}\n.*\nQuery: (.*)\nAnswer: ?\Z", re.S)
+TITLE = re.compile(r"^title: .*\n+", re.M)  # the metadata that a chunk brings into the prompt
+ABBREVIATED = re.compile(r"\b(?:St|Ste|Mr|Mrs|Dr|Mt|Jr|No|Gen)\.$")  # no end of a sentence
 ASK_AGAIN = (
     "to ask for it again, delete the line of calls.jsonl that holds this reply, or leave the "
     "chunk out"
 )
-NUMBERING = re.compile(
-    r"^\s*(?:[-*]\s+)?(?:\d+[.)]\s*)?(?:\**q(?:uestion)?\s*\d*\**\s*:\**\s*)?", re.I
+
+# Half of the questions are asked as in the original notebooks (LlamaIndex, MIT licence), which the
+# first prompt quotes. The other half is asked as people ask.
+_PROFESSOR = (
+    "You are a Teacher/ Professor. Your task is to setup a quiz/examination. Using the "
+    "provided context, formulate a single question that captures an important fact from "
+    "the context. Restrict the question to the context information provided."
 )
-CONTEXT_CHARS = 1000  # of the best chunk, kept in a row as in the original notebooks
+_PERSON = "You play a person who asks a question-answering service about the history of cities. "
+_PLAIN = _PERSON + (
+    "You have not read the context, but it holds what you want to know. Type one question as "
+    "people type: plain, about one thing, twelve words at most. Name the city or the thing that "
+    "you ask about."
+)
+_VAGUE = _PERSON + (
+    "You remember only roughly what the context is about. Type one short question about it, "
+    "without the city's name and without dates, as people do who think that the service knows "
+    "what they mean."
+)
+_MISTAKEN = _PERSON + (
+    "You have one thing in the context wrong, such as a date, a name, a number or a cause, "
+    "and you do not know it. Type one short question that takes the wrong thing for granted."
+)
+_BEYOND = _PERSON + (
+    "You have heard of what the context is about. Type one short question on that subject "
+    "that the context does not answer."
+)
+_TENTH = (_PLAIN, _VAGUE, _PLAIN, _MISTAKEN, _BEYOND)
+PARAGRAPH = (
+    "Answer in one full paragraph of some 120 words, for a reader who is new to the subject."
+)
+BRIEF = "Answer from what you know, in two to four sentences."
+QUESTION_PROMPTS = [prompt for asked in _TENTH for prompt in (_PROFESSOR, asked)]
 
 
 class UnreadPages(RuntimeError):
@@ -97,18 +131,31 @@ def deal(groups: list[list]) -> list:
     return [group[i] for i in range(longest) for group in groups if i < len(group)]
 
 
-async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str) -> list[dict]:
+NUMBERING = re.compile(
+    r"^\s*(?:[-*]\s+)?(?:\d+[.)]\s*)?(?:\**q(?:uestion)?\s*\d*\**\s*:\**\s*)?", re.I
+)
+# People leave the question mark out.
+ASKING = re.compile(
+    r".*\?|(?:(?:in|at|on|by|for|from|to)\s+)?(?:who|whose|what|when|where|why|which|how|is|are|was"
+    r"|were|do|does|did|has|had|can|could)\b",
+    re.I,
+)
+
+
+async def write_questions(nodes: list[BaseNode], llm: LLM, instructions: list[str]) -> list[dict]:
     """One question a node: dicts of `question` and `document`, the title in the node's metadata.
 
-    `instruction` says what to ask for. The prompt is that of LlamaIndex's DatasetGenerator, which
-    is deprecated and needs spaCy.
+    `instructions` say what to ask for; the nodes take them in turn. The prompt is that of
+    LlamaIndex's DatasetGenerator, which is deprecated and needs spaCy.
 
     Raises:
         ValueError: a reply holds no question, or was cut off.
     """
     template = PromptTemplate(DEFAULT_QUESTION_GENERATION_PROMPT)
-    contexts = [node.get_content(MetadataMode.LLM) for node in nodes]
-    calls = [llm.apredict(template, context_str=one, query_str=instruction) for one in contexts]
+    calls = [
+        llm.apredict(template, context_str=node.get_content(MetadataMode.LLM), query_str=asked)
+        for node, asked in zip(nodes, itertools.cycle(instructions))
+    ]
     questions = []
     for node, reply in zip(nodes, await run_stage("questions", map(_whole, calls))):
         title = node.metadata.get("title")
@@ -119,10 +166,12 @@ async def write_questions(nodes: list[BaseNode], llm: LLM, instruction: str) -> 
     return questions
 
 
-async def generate_questions(nodes: list[BaseNode], llm: LLM, instruction: str) -> list[dict]:
-    """As `write_questions`, with a `reference`: the model's answer from that node alone."""
-    questions = await write_questions(nodes, llm, instruction)
-    calls = [_from_one(node, llm, asked["question"]) for node, asked in zip(nodes, questions)]
+async def write_references(nodes: list[BaseNode], questions: list[dict], llm: LLM) -> list[dict]:
+    """The questions with a `reference`: the model's answer from the question's own node alone."""
+    calls = [
+        SummaryIndex([node]).as_query_engine(llm=llm).aquery(asked["question"])
+        for node, asked in zip(nodes, questions, strict=True)
+    ]
     pairs = []
     for asked, reply in zip(questions, await run_stage("references", map(_whole, calls))):
         question, title, reference = asked["question"], asked["document"], _text(reply).strip()
@@ -142,14 +191,9 @@ def clean_question(reply: str) -> str:
         ValueError: there is none.
     """
     for line in without_thought(reply).splitlines():
-        if "?" in (question := NUMBERING.sub("", line).strip()):
+        if ASKING.match(question := NUMBERING.sub("", line).strip()):
             return question
     raise ValueError(f"no question in the reply {reply[:200]!r}")
-
-
-def _from_one(node: BaseNode, llm: LLM, question: str) -> Coroutine:
-    """A question, asked about one chunk."""
-    return SummaryIndex([node]).as_query_engine(llm=llm).aquery(question)
 
 
 async def _whole(call: Coroutine, or_a_part: bool = False) -> Any:
@@ -171,85 +215,107 @@ def _text(response: Any) -> str:
     return "" if text == "Empty Response" else text
 
 
-def _context(response: Any) -> str:
-    return response.source_nodes[0].node.text[:CONTEXT_CHARS] + "..."
+class ClosedBook(CustomQueryEngine):
+    """A query engine without retrieval: `llm` gets the question and nothing else."""
+
+    llm: LLM
+
+    def custom_query(self, query_str: str) -> str:
+        """The model's answer."""
+        return self.llm.predict(PromptTemplate("{query_str}"), query_str=query_str)
+
+    async def acustom_query(self, query_str: str) -> str:
+        """The model's answer."""
+        return await self.llm.apredict(PromptTemplate("{query_str}"), query_str=query_str)
+
+
+def pipelines(
+    chunks: list[BaseNode],
+    sentences: list[BaseNode],
+    embedding: BaseEmbedding,
+    ask: Callable[..., LLM],
+    small: LLM,
+) -> dict[str, BaseQueryEngine]:
+    """Seven ways to answer a question, {generator's name: query engine}.
+
+    Nothing tells an answerer to err. The pipelines differ in what is retrieved, in what is asked
+    for, in the cap on the reply, and in the model.
+
+    Args:
+        chunks: the chunks to retrieve from, one document after the other.
+        sentences: the same documents in pieces of a sentence or two.
+        embedding: finds the chunks.
+        ask: `ask(instruction, **params)` is the answerer with a system prompt and parameters.
+        small: a small model.
+    """
+
+    def found(parts: list[BaseNode], k: int) -> BaseRetriever:
+        return VectorStoreIndex(parts, embed_model=embedding).as_retriever(similarity_top_k=k)
+
+    old = chunks[::2]  # an index that was built before half of the text was written
+    two, pieces = found(chunks, 2), found(sentences, 1)
+    ways = {
+        "old-index": (found(old, 1), ask()),
+        "old-paragraph": (found(old, 2), ask(PARAGRAPH)),
+        "cut-off": (two, ask(PARAGRAPH, max_tokens=24)),
+        "extractive": (two, ExtractiveAnswerer(sentences=2)),
+        "sentences": (pieces, ask()),
+        "small": (pieces, small),
+    }
+    engines = {
+        name: RetrieverQueryEngine.from_args(retriever, llm=llm)
+        for name, (retriever, llm) in ways.items()
+    }
+    return {**engines, "closed-book": ClosedBook(llm=ask(BRIEF))}
 
 
 async def answer_questions(
-    pairs: list[dict], engines: list[tuple[str, BaseQueryEngine]]
+    questions: list[dict], engines: list[tuple[str, BaseQueryEngine]]
 ) -> list[dict]:
-    """Let the i-th (model name, query engine) answer the i-th pair's question.
+    """Let the i-th (generator's name, query engine) answer the i-th question.
 
     Returns:
-        The pairs (see `generate_questions`) as correctness rows: with `response_data` of `model`,
-        `text` and `context`, the first CONTEXT_CHARS characters of the best chunk.
+        The questions with `response_data`: `model` (the generator's name), `text`, and `context`,
+        all the text that was retrieved for the answer, best chunk first ("" if none was).
     """
-    if len(pairs) != len(engines):
+    if len(questions) != len(engines):
         raise ValueError(
-            f"{len(pairs)} pairs and {len(engines)} engines: expected an engine a pair"
+            f"{len(questions)} questions and {len(engines)} engines: expected an engine a question"
         )
-    calls = [engine.aquery(pair["question"]) for pair, (_, engine) in zip(pairs, engines)]
+    calls = [engine.aquery(one["question"]) for one, (_, engine) in zip(questions, engines)]
+    replies = await run_stage("answers", map(_answered, calls))
     rows = []
-    for pair, (model, _), reply in zip(
-        pairs, engines, await run_stage("answers", map(_answered, calls))
-    ):
-        answer = {"model": model, "text": _text(reply), "context": _context(reply)}
-        asked = {"question": pair["question"], "reference": pair["reference"]}
-        rows.append({**asked, "response_data": answer, "document": pair["document"]})
+    for question, (model, _), reply in zip(questions, engines, replies):
+        context = "\n\n".join(found.node.text for found in reply.source_nodes)
+        answer = {"model": model, "text": _text(reply), "context": context}
+        rows.append({**question, "response_data": answer})
     return rows
 
 
-async def answer_pairs(
-    questions: list[dict], engines: list[tuple[str, BaseQueryEngine]], seed: int = 0
-) -> list[dict]:
-    """Let two (model name, query engine), drawn and ordered with the seed, answer each question.
+def pair_up(first: list[dict], second: list[dict], seed: int = 0) -> list[dict]:
+    """Pairwise rows from two rows of `answer_questions` to each question.
 
-    All engines must share one retriever, so that both answers have the same source.
+    The order of the two answers is drawn with the seed.
 
     Returns:
-        Pairwise rows: `question`, two `answers` of `model` and `text`, `source` (the first
-        CONTEXT_CHARS characters of the best chunk), `document`.
+        Rows of `question`, two `answers` of `model` and `text`, `source` (the context of both) and
+        `document`.
+
+    Raises:
+        ValueError: two answers are not to the same question, or not from the same context.
     """
-    draw = random.Random(seed)
-    drawn = [(asked, *one) for asked in questions for one in draw.sample(engines, 2)]
-    calls = [engine.aquery(asked["question"]) for asked, _, engine in drawn]
-    replies = await run_stage("answers", map(_answered, calls))
-    answers = [
-        {"model": model, "text": _text(reply)} for (_, model, _), reply in zip(drawn, replies)
-    ]
-    return [
-        {
-            "question": asked["question"],
-            "answers": answers[2 * i : 2 * i + 2],
-            "source": _context(replies[2 * i]),
-            "document": asked["document"],
-        }
-        for i, asked in enumerate(questions)
-    ]
-
-
-async def answer_in_context(pairs: list[dict], generators: list[tuple[str, LLM]]) -> list[dict]:
-    """Let every generator, a (model name, LLM), answer every question from the chunk with it.
-
-    A pair has a `question`, a `context` (the whole chunk) and, if known, a `document`.
-
-    Returns:
-        Single-grading rows, a question's together: `question`, `response_data` of `model`, `text`
-        and `context`, `document`.
-    """
-    for number, pair in enumerate(pairs):
-        for field in ("question", "context"):
-            if not isinstance(found := pair.get(field), str) or not found.strip():
-                raise ValueError(f"pair {number}: {field} must be a text, found {found!r}")
-    asked = [(pair, model, llm) for pair in pairs for model, llm in generators]
-    calls = [
-        _from_one(TextNode(text=pair["context"]), llm, pair["question"]) for pair, _, llm in asked
-    ]
-    rows = []
-    for (pair, model, _), reply in zip(asked, await run_stage("answers", map(_answered, calls))):
-        answer = {"model": model, "text": _text(reply), "context": pair["context"]}
-        row = {"question": pair["question"], "response_data": answer}
-        rows.append(row | {"document": pair["document"]} if "document" in pair else row)
+    draw, rows = random.Random(seed), []
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        source = one["response_data"]["context"]
+        same = one["question"] == other["question"], source == other["response_data"]["context"]
+        if not all(same):
+            raise ValueError(f"row {number}: its two answers have another question or context")
+        answers = [
+            {name: row["response_data"][name] for name in ("model", "text")} for row in (one, other)
+        ]
+        draw.shuffle(answers)
+        asked = {"question": one["question"], "answers": answers, "source": source}
+        rows.append({**asked, "document": one["document"]})
     return rows
 
 
@@ -275,7 +341,10 @@ class ExtractiveAnswerer(CustomLLM):
                 f"begins {prompt[:80]!r}"
             )
         context, question = match.groups()
-        parts = [part.strip() for part in split_by_sentence_tokenizer()(context)]
+        parts: list[str] = []
+        for part in split_by_sentence_tokenizer()(TITLE.sub("", context)):
+            joined = bool(parts) and ABBREVIATED.search(parts[-1])
+            parts[-1:] = [f"{parts[-1]} {part.strip()}"] if joined else [*parts[-1:], part.strip()]
         vectors = embed([question, *parts])
         # Rounded, so that float noise does not choose between equals; of equals, the first.
         likeness = np.round(vectors[1:] @ vectors[0], 4)

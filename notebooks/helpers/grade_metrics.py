@@ -4,7 +4,18 @@ import numpy as np
 import pandas as pd
 
 from .judge import ACCEPTABLE, score_distribution
-from .metrics import _pearson, _ranks, by_judge, judgements, measured, paired, scores_of, valid_rows
+from .metrics import (
+    Judge,
+    Statistic,
+    by_judge,
+    judgements,
+    measured,
+    paired,
+    pearson,
+    ranks,
+    scores_of,
+    valid_rows,
+)
 
 GRADES = tuple("correlation mae accuracy precision recall kappa auc brier coverage".split())
 
@@ -30,76 +41,73 @@ def grade_agreement(teacher: np.ndarray, scores: np.ndarray, p: np.ndarray) -> n
     share of the teacher's valid rows on which the judge is valid too. The other figures use the
     rows on which both are valid. Correlation (Pearson's) and the mean absolute error are of the
     scores. Accuracy, precision, recall and Cohen's kappa are of the verdicts: is the score above
-    ACCEPTABLE? The area under the ROC curve and the Brier score (0 is perfect) are of `p`.
+    ACCEPTABLE? The area under the ROC curve and the Brier score (0 is perfect) are of `p`. The
+    second row of the array, (2, 9), has the number of rows behind each figure.
     """
     judged = ~np.isnan(teacher)
     both = judged & ~np.isnan(scores)
-    coverage = both.sum() / judged.sum() if judged.any() else np.nan
-    x, y, p = teacher[both], scores[both], p[both]
-    if not len(x):
-        return np.array([np.nan] * (len(GRADES) - 1) + [coverage])
+    x, y, p, n = teacher[both], scores[both], p[both], both.sum()
+    coverage = n / judged.sum() if judged.any() else np.nan
+    if not n:
+        return np.array([[np.nan] * (len(GRADES) - 1) + [coverage], [0] * 8 + [judged.sum()]])
     truth, given = x > ACCEPTABLE, y > ACCEPTABLE
-    hits = (truth & given).sum()
-    accuracy = (truth == given).mean()
+    hits, accuracy = (truth & given).sum(), (truth == given).mean()
     precision = hits / given.sum() if given.any() else np.nan
     recall = hits / truth.sum() if truth.any() else np.nan
     expected = truth.mean() * given.mean() + (1 - truth.mean()) * (1 - given.mean())
     kappa = (accuracy - expected) / (1 - expected) if expected < 1 else np.nan
-    of_scores = [_pearson(x, y), np.abs(x - y).mean()]
-    of_probabilities = [_auc(truth, p), ((p - truth) ** 2).mean()]
-    return np.array([*of_scores, accuracy, precision, recall, kappa, *of_probabilities, coverage])
+    auc, ranked = _auc(truth, p)
+    figures = [pearson(x, y), np.abs(x - y).mean(), accuracy, precision, recall, kappa, auc]
+    counts = [n, n, n, given.sum(), truth.sum(), n, ranked, n, judged.sum()]
+    return np.array([[*figures, ((p - truth) ** 2).mean(), coverage], counts])
 
 
-def _auc(truth: np.ndarray, p: np.ndarray) -> float:
-    """The probability that an acceptable answer ranks above an unacceptable one: Mann-Whitney."""
-    positive = truth.sum()
-    pairs = positive * (len(truth) - positive)
-    if not pairs:
-        return np.nan
-    return float((_ranks(p)[truth].sum() - positive * (positive + 1) / 2) / pairs)
+def _auc(truth: np.ndarray, p: np.ndarray) -> tuple[float, float]:
+    """The probability that an acceptable answer ranks above an unacceptable one: Mann-Whitney.
+
+    With it comes the number of rows on which a share would be as uncertain (Hanley, McNeil 1982).
+    """
+    good, bad = truth.sum(), (~truth).sum()
+    if not good * bad:
+        return np.nan, 0
+    auc = float((ranks(p)[truth].sum() - good * (good + 1) / 2) / (good * bad))
+    more = (good - 1) * (1 - auc) / (2 - auc) + (bad - 1) * auc / (1 + auc)
+    return auc, good * bad / (1 + more)
 
 
-def grading_report(rows: list[dict], teacher: str, judges: list[str]) -> pd.DataFrame:
-    """Compare each judge with the teacher on single grading.
+def _statistic(rows: list[dict], teacher: Judge, judge: str) -> Statistic:
+    truth, scores, p = (
+        scores_of(rows, teacher),
+        scores_of(rows, judge),
+        probabilities_of(rows, judge),
+    )
+    return lambda at: grade_agreement(truth[at], scores[at], p[at])
+
+
+def grading_report(rows: list[dict], teacher: Judge, judges: list[str]) -> pd.DataFrame:
+    """Compare each judge with the teacher, or with people (see `scores_of`), on single grading.
 
     Returns:
         One row for each judge: `n` (rows on which both are valid), `acceptable` (how many of these
         the teacher accepts), then the figures of GRADES (see `grade_agreement`) with their 95 %
         intervals (see `measured`).
     """
-    truth = scores_of(rows, teacher)
 
     def cells(judge: str) -> dict:
-        scores, p = scores_of(rows, judge), probabilities_of(rows, judge)
-        both = ~np.isnan(truth) & ~np.isnan(scores)
-        return {
-            "n": int(both.sum()),
-            "acceptable": int((truth[both] > ACCEPTABLE).sum()),
-            **measured(rows, GRADES, lambda at: grade_agreement(truth[at], scores[at], p[at])),
-        }
+        statistic = _statistic(rows, teacher, judge)
+        counts = dict(zip(GRADES, statistic(np.arange(len(rows)))[1].astype(int)))
+        shown = {"n": int(counts["brier"]), "acceptable": int(counts["recall"])}
+        return {**shown, **measured(rows, GRADES, statistic)}
 
     return by_judge(judges, cells)
 
 
-def compare_graders(rows: list[dict], teacher: str, student: str, other: str) -> pd.DataFrame:
+def compare_graders(rows: list[dict], teacher: Judge, student: str, other: str) -> pd.DataFrame:
     """Compare how close `student` and `other` are to the teacher, on the rows valid for all three.
 
     The table is that of `paired`, for `mae`, `accuracy`, `auc` and `brier`. It is a ValueError if
     there is no such row, or if `student` is `other`.
     """
-    names = ("mae", "accuracy", "auc", "brier")
     rows = valid_rows(rows, (teacher, student, other))
-    truth = scores_of(rows, teacher)
-
-    def said_by(judge: str) -> np.ndarray:
-        p = probabilities_of(rows, judge)
-        return np.column_stack([scores_of(rows, judge), p, _ranks(p)])
-
-    def figures(said: np.ndarray, at: np.ndarray) -> np.ndarray:
-        scores, p, ranks = said.T
-        figure = dict(zip(GRADES, grade_agreement(truth[at], scores, p)))
-        # `paired` swaps judges. Swap ranks, not probabilities: the judges may use different scales.
-        figure["auc"] = _auc(truth[at] > ACCEPTABLE, ranks)
-        return np.array([figure[name] for name in names])
-
-    return paired(rows, names, figures, student, said_by(student), other, said_by(other))
+    table = paired(rows, GRADES, student, other, lambda judge: _statistic(rows, teacher, judge))
+    return table.loc[["mae", "accuracy", "auc", "brier"]]

@@ -154,10 +154,13 @@ async def _compare(
     if any(reasons):
         said = [f"{order}: {why}" for order, why in zip(("original", "flipped"), reasons) if why]
         invalid = {"score": None, "text": replies[0], "source": None, "verdicts": verdicts}
-        return {**invalid, "invalid": "; ".join(said)}
+        return {**invalid, "winner": None, "invalid": "; ".join(said)}
     score, decided = resolve_orders(*verdicts)
+    # The score is of the order that decided; `winner` is the number of the answer in the row.
+    winner = {(1.0, "original"): 0, (0.0, "original"): 1, (1.0, "flipped"): 1, (0.0, "flipped"): 0}
     text = replies[decided == "flipped"]
-    return {"score": score, "text": text, "source": decided, "verdicts": verdicts}
+    judged = {"score": score, "text": text, "source": decided, "verdicts": verdicts}
+    return {**judged, "winner": winner.get((score, decided))}
 
 
 class SingleGradingEvaluator(BaseEvaluator):

@@ -32,8 +32,8 @@ from llama_index.core.llms.callbacks import llm_chat_callback
 from pydantic_core import to_jsonable_python
 
 from .replies import lines_to_score
-from .rows import ESCAPE, DamagedFile, judge_mode, parse_row, snapshot_folder, write_text
-from .settings import CallFailed, RunStopped, cap, id_of, name_of, number, redact, terminal
+from .rows import ESCAPE, DamagedFile, judge_mode, parse_row, snapshot_folder
+from .settings import CallFailed, RunStopped, cap, name_of, number, redact, terminal
 
 SCHEMA = 1
 FIELDS = "v key model messages params sample response usage finish_reason created".split()
@@ -95,14 +95,16 @@ def make_row(
     usage: dict | None = None,
     finish_reason: str | None = None,
     logprobs: list[dict] | None = None,
-    **more: str | None,
+    *,
+    replied_by: str | None = None,
+    batch: str | None = None,
 ) -> dict:
     """A row of `calls.jsonl`: a call (`model`, `messages`, `params`, `sample`) and its answer.
 
     `logprobs` has {alternative: log-probability} of each token. Those up to the line of the score
     are kept: the rest would make rows a hundred times larger. The row has this field only if it was
-    asked for. `more` are the other optional fields: `replied_by`, the id of the model that replied,
-    and `batch`, the results file. A row has them only where there is something to say.
+    asked for. `replied_by`, the id of the model that replied, is kept where the call names another.
+    `batch` is the name of the results file, if the answer is from one.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     answer = {"response": response, "usage": usage, "finish_reason": finish_reason}
@@ -111,6 +113,7 @@ def make_row(
         likeliest = [max(token, key=lambda t: token[t], default="") for token in logprobs]
         ends, lines = accumulate(text.count("\n") for text in likeliest), lines_to_score(response)
         row["logprobs"] = logprobs[: sum(end < lines for end in ends) + 1]
+    more = {"replied_by": None if replied_by == call["model"] else replied_by, "batch": batch}
     return row | {name: said for name, said in more.items() if said}
 
 
@@ -137,12 +140,6 @@ class CallLog:
         self._file_lock = FileLock(f"{path}.lock", thread_local=False)
         self._synced = 0.0
         self._collected: set[str] = set()
-        # {logged name: model id} where they differ, as they do for personas: prices need the id.
-        self._names_path = self.path.with_name("names.json")
-        named = self._names_path.exists()
-        self.models: dict[str, str] = (
-            json.loads(self._names_path.read_text("utf-8")) if named else {}
-        )
         if self.path.exists():
             self._scan()
 
@@ -159,19 +156,15 @@ class CallLog:
         """A LlamaIndex LLM whose calls go through this log, under the model's name.
 
         Args:
-            model_name: the setting of a model, or any name.
+            model_name: the setting of a model, whose id is logged, or another name. Such a name
+                has a price only if PRICES gives it one.
             live: what `record` asks: `live(setting)`, which tries again and keeps to the budget, or
                 a LlamaIndex LLM as it is, which is asked once a call.
             settings: `sample`, which of several samples of a prompt it draws; `params`, sampling
                 parameters that are sent with each call, such as {"temperature": 0} (both are part
                 of the key); `system_prompt`, put before every prompt.
         """
-        logged, asked = name_of(model_name), id_of(getattr(live, "setting", ""))
-        if asked and self.models.get(logged, logged) != asked:
-            self.models[logged] = asked
-            if self.mode != "replay":
-                write_text(self._names_path, json.dumps(self.models, indent=1) + "\n")
-        return LoggedLLM(log=self, live=live, model_name=logged, **settings)
+        return LoggedLLM(log=self, live=live, model_name=name_of(model_name), **settings)
 
     def get(self, key: str) -> dict | None:
         """The row of a key, or None. RunStopped if the file was changed under this run."""
@@ -200,18 +193,10 @@ class CallLog:
         if row := self.get(key):
             return row
         for log in self._siblings:
-            if (row := log.get(key)) and log.model_of(row["model"]) == self.model_of(row["model"]):
+            if row := log.get(key):
                 with kept(self):
                     return self.append(row)
         return None
-
-    def model_of(self, logged: str) -> str:
-        """The id of the model behind a logged name."""
-        return self.models.get(logged, logged)
-
-    def other_model(self, call: dict, replied: str | None) -> str | None:
-        """The id of the model that replied, if it is not the one that the call names."""
-        return None if replied in (call["model"], self.model_of(call["model"])) else replied
 
     def rows(self, start: int = 0) -> Iterator[dict]:
         """All rows in the order of the file, or those after a former `end`."""
@@ -477,8 +462,8 @@ class LoggedLLM(CustomLLM):
         # Of a token that is listed twice, the likelier one stays.
         tokens = [{one.token: one.logprob for one in place} for place in places]
         usage, finish_reason, model = details_of(response.raw)
-        text, other = response.message.content or "", self._log.other_model(call, model)
-        row = make_row(call, text, usage, finish_reason, tokens, replied_by=other)
+        text = response.message.content or ""
+        row = make_row(call, text, usage, finish_reason, tokens, replied_by=model)
         with kept(self._log):
             return self._log.append(row)
 

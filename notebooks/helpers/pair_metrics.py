@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from .judge import SCORES
-from .metrics import by_judge, interval, judgements, measured
+from .metrics import Judge, Statistic, by_judge, judgements, measured, paired, pearson, scores_of
 
 RATES = ("agreement_rate", "correlation", "jaccard", "coverage", "agreement_overall", "kappa")
 
@@ -21,17 +21,22 @@ def _verdicts(rows: list[dict], judge: str) -> list:
 
 
 def pair_scores(
-    rows: list[dict], judge: str, flipped: str = "corrected"
+    rows: list[dict], judge: Judge, flipped: str = "corrected"
 ) -> tuple[np.ndarray, np.ndarray]:
     """A judge's scores, and which judgements are invalid: (scores, invalid), each (rows,).
 
     A score is 1 for the first answer, 0 for the second and 0.5 for a tie. It is NaN where the judge
     reached no verdict. The rows hold a score as its order gave it. `flipped="corrected"` reverses a
     score from the flipped order. `flipped="as_published"` keeps it, as the original notebooks did.
-    A KeyError names a row without a judgement.
+    Of several judges (a list of names, for example of people): what most of those say who reached a
+    verdict, and a tie if there is no majority. A KeyError names a row without a judgement.
     """
     if flipped not in ("corrected", "as_published"):
         raise ValueError(f"flipped={flipped!r}: expected 'corrected' or 'as_published'")
+    if not isinstance(judge, str):
+        each, invalid = zip(*(pair_scores(rows, one, flipped) for one in judge))
+        median = pd.DataFrame(each).median()
+        return median.where(~median.isin([0.25, 0.75]), 0.5).to_numpy(), np.all(invalid, axis=0)
     said = pd.DataFrame(judgements(rows, judge), columns=["score", "source"])
     scores = said["score"].where(said["source"].isin(["original", "flipped"])).astype(float)
     if flipped == "corrected":
@@ -39,37 +44,53 @@ def pair_scores(
     return scores.to_numpy(), said["score"].isna().to_numpy()
 
 
+def are_pairs(rows: list[dict]) -> bool:
+    """Whether these rows are pairs: their judgements say from which order a score comes."""
+    return any("source" in evaluation for row in rows[:1] for evaluation in row["evaluations"])
+
+
+def verdicts_of(rows: list[dict], judge: Judge) -> np.ndarray:
+    """A judge's scores, (rows,): those of `scores_of` or, for pairs, of `pair_scores`."""
+    return pair_scores(rows, judge)[0] if are_pairs(rows) else scores_of(rows, judge)
+
+
 def pair_agreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    """The figures of RATES for two arrays of scores as from `pair_scores`.
+    """The figures of RATES for two arrays of scores as from `pair_scores`, and the pairs of each.
 
     The first three are those of the original, on the rows on which both judges reached a verdict:
     agreement rate, Pearson's correlation, and the Jaccard index, weighted by the teacher's
     verdicts. The others use all rows on which the teacher reached a verdict: how often the student
     reached one too, how often it agreed, and Cohen's kappa, which counts "no verdict" as a verdict
-    of its own. A figure is NaN where it is undefined.
+    of its own. A figure is NaN where it is undefined. The array is (2, 6).
     """
     judged = ~np.isnan(teacher)
     x, y = teacher[judged], student[judged]
     both = ~np.isnan(y)
+    counts = [both.sum()] * 3 + [len(x)] * 3
     if not both.any():
         overall = 0.0 if judged.any() else np.nan
-        return np.array([np.nan] * 3 + [overall] * 3)
+        return np.array([[np.nan] * 3 + [overall] * 3, counts])
     agreed = (x == y).sum()
     overall = agreed / len(x)
     expected = sum((x == verdict).mean() * (y == verdict).mean() for verdict in (0.0, 0.5, 1.0))
     kappa = (overall - expected) / (1 - expected) if expected < 1 else np.nan
     x, y = x[both], y[both]
-    correlation = np.corrcoef(x, y)[0, 1] if x.std() * y.std() > 1e-12 else np.nan
     wanted, given = (np.array([side == verdict for verdict in np.unique(x)]) for side in (x, y))
     shares = (wanted & given).sum(axis=1) / (wanted | given).sum(axis=1)  # one for each verdict
     jaccard = np.average(shares, weights=wanted.sum(axis=1))
-    return np.array([agreed / len(x), correlation, jaccard, both.mean(), overall, kappa])
+    rates = [agreed / len(x), pearson(x, y), jaccard, both.mean(), overall, kappa]
+    return np.array([rates, counts])
+
+
+def _statistic(rows: list[dict], teacher: Judge, student: str, flipped: str) -> Statistic:
+    truth, given = (pair_scores(rows, judge, flipped)[0] for judge in (teacher, student))
+    return lambda at: pair_agreement(truth[at], given[at])
 
 
 def pairwise_report(
-    rows: list[dict], teacher: str, students: list[str], flipped: str = "corrected"
+    rows: list[dict], teacher: Judge, students: list[str], flipped: str = "corrected"
 ) -> pd.DataFrame:
-    """Compare each student with the teacher on pairs.
+    """Compare each student with the teacher, or with people (see `pair_scores`), on pairs.
 
     Returns:
         One row for each student: `inconclusive` (pairs on which the two orders contradict each
@@ -87,7 +108,7 @@ def pairwise_report(
             "inconclusive": int((np.isnan(given) & ~invalid).sum()),
             "agreements": int((truth == given).sum()),
             "compared": int((~np.isnan(truth) & ~np.isnan(given)).sum()),
-            **measured(rows, RATES, lambda at: pair_agreement(truth[at], given[at])),
+            **measured(rows, RATES, _statistic(rows, teacher, student, flipped)),
             "invalid": int(invalid.sum()),
         }
 
@@ -95,40 +116,19 @@ def pairwise_report(
 
 
 def compare_pair_students(
-    rows: list[dict], teacher: str, student: str, other: str, flipped: str = "corrected"
-) -> pd.Series:
+    rows: list[dict], teacher: Judge, student: str, other: str, flipped: str = "corrected"
+) -> pd.DataFrame:
     """Compare how often `student` and `other` agree with the teacher, where it reached a verdict.
 
-    Returns:
-        How many pairs `both`, `only <student>`, `only <other>` and `neither` got right; the
-        `difference` of the two rates with its 95 % interval (`low`, `high`); the two-sided `p` of
-        the exact McNemar test, which, unlike the interval, assumes independent pairs.
+    The table is that of `paired`, for `agreement_overall` and `kappa`: a missing verdict of a
+    student counts as not agreeing.
     """
-    from scipy.stats import binomtest
-
-    judges = (teacher, student, other)
-    truth, ours, theirs = (pair_scores(rows, judge, flipped)[0] for judge in judges)
-    decided = np.flatnonzero(~np.isnan(truth))
-    right, others = truth == ours, truth == theirs
-    only, against = int((right & ~others).sum()), int((others & ~right).sum())
-
-    def difference(at: np.ndarray) -> float:
-        at = at[~np.isnan(truth[at])]
-        return float(right[at].mean() - others[at].mean()) if len(at) else np.nan
-
-    low, high = interval(rows, difference)
-    return pd.Series(
-        {
-            "both": int((right & others).sum()),
-            f"only {student}": only,
-            f"only {other}": against,
-            "neither": len(decided) - int((right | others).sum()),
-            "difference": difference(decided),
-            "low": float(low),
-            "high": float(high),
-            "p": binomtest(only, only + against).pvalue if only + against else 1.0,
-        }
+    decided = ~np.isnan(pair_scores(rows, teacher, flipped)[0])
+    rows = [row for row, kept in zip(rows, decided) if kept]
+    table = paired(
+        rows, RATES, student, other, lambda judge: _statistic(rows, teacher, judge, flipped)
     )
+    return table.loc[["agreement_overall", "kappa"]]
 
 
 def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
@@ -149,9 +149,8 @@ def position_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
 
         def shares(at: np.ndarray) -> np.ndarray:
             signs = preferred[at][~np.isnan(preferred[at])]
-            if not len(signs):
-                return np.full(3, np.nan)
-            return np.array([(signs == sign).mean() for sign in (0, 1, -1)])
+            each = [(signs == sign).mean() if len(signs) else np.nan for sign in (0, 1, -1)]
+            return np.array([each, [len(signs)] * 3])
 
         return {"pairs": int(np.isfinite(lean).sum()), **measured(rows, names, shares)}
 
@@ -194,7 +193,7 @@ def length_report(rows: list[dict], judges: list[str]) -> pd.DataFrame:
         def share(at: np.ndarray) -> np.ndarray:
             decided = at[winner[at] != 0]
             wins = winner[decided] == longer[decided]
-            return np.array([wins.mean() if len(wins) else np.nan])
+            return np.array([[wins.mean() if len(wins) else np.nan], [len(wins)]])
 
         count = int((winner != 0).sum())
         return {"with_winner": count, **measured(rows, ("longer_wins",), share)}

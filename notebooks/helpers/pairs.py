@@ -1,9 +1,8 @@
 """The local student for pairs: which of two answers is better, the same whichever comes first."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -25,6 +24,22 @@ PAIR_PROMPT = (
     "[The Start of Assistant B’s Answer]\n{}\n[The End of Assistant B’s Answer]"
 )
 PAIR_SECTIONS = re.compile(re.escape(PAIR_PROMPT).replace(r"\{\}", "(.*?)") + r"\s*\Z", re.S)
+
+
+# What `answer_features` counts, in its order.
+ANSWER_COUNTS = (
+    "length",
+    "five words or fewer",
+    "share of the question's words that it has",
+    "share of its words that the source has",
+    *(
+        f"number of its {kind} that the source {has}"
+        for kind in ("words", "names", "numbers")
+        for has in ("has", "lacks")
+    ),
+    "no full stop at the end",
+    "hedges",
+)
 
 
 @lru_cache(maxsize=100_000)  # cross-validation asks for the same answers over and over
@@ -121,28 +136,3 @@ class PairJudge(LocalJudge):
     def _reply(self, item: Item) -> tuple[str, dict]:
         verdict, reason = self._judge(item)
         return f"{reason}\n\nFinal Verdict: [[{verdict}]]", {}
-
-
-def untrained_pair_judges() -> dict[str, PairJudge]:
-    """The pairwise judges that learn nothing. Where their rule finds both equal, it is a tie.
-
-    `base` chooses the answer whose embedding is nearer the source's, `longer` and `shorter` the one
-    with more or fewer words, `overlap` the one with more words in common with the source (F1), and
-    `first` the one shown first.
-    """
-    rules: dict[str, Callable[[Item, int], float]] = {
-        "base": lambda pair, i: np.dot(*embed([pair[1], pair[i]])),
-        "longer": lambda pair, i: len(pair[i].split()),
-        "shorter": lambda pair, i: -len(pair[i].split()),
-        "overlap": lambda pair, i: overlap(pair[1], pair[i]),
-        "first": lambda pair, i: -i,
-    }
-
-    def judge(name: str, pair: Item) -> tuple[str, str]:
-        first, second = (rules[name](pair, i) for i in (2, 3))
-        return "A" if first > second else "B" if second > first else "C", f"By rule: {name}."
-
-    return {
-        name: PairJudge(partial(judge, name), model_name=name)  # type: ignore[call-arg,arg-type]
-        for name in rules
-    }

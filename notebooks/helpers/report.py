@@ -13,11 +13,21 @@ import pandas as pd
 from .finetune import count_tokens
 from .grade_metrics import grading_report, probabilities_of
 from .judge import ACCEPTABLE
-from .metrics import METRICS, by_judge, correctness_report, judgements, scores_of
+from .metrics import by_judge, correctness_report, judgements, scores_of
 from .pair_metrics import pairwise_report
 from .rows import load_rows
 
 BLUE, GREY, ORANGE = "#2a6f97", "#8d99ae", "#e07a3f"
+# What the plots call a figure.
+WORDS = {
+    "mae": "mean error",
+    "brier": "Brier score",
+    "error": "mean error",
+    "log_loss": "log loss",
+    "auc": "area under ROC",
+    "agreement_overall": "agreement with the teacher",
+}
+LESS_IS_BETTER = ("mae", "brier", "error", "log_loss")
 
 
 def versions(*packages: str) -> pd.Series:
@@ -26,23 +36,41 @@ def versions(*packages: str) -> pd.Series:
 
 
 def with_intervals(
-    report: pd.DataFrame, metrics: Sequence[str] = METRICS, digits: int = 2
+    report: pd.DataFrame, metrics: Sequence[str] | None = None, digits: int = 2
 ) -> pd.DataFrame:
     """A report for reading: the counts, then the figures as text, "0.81 [0.70, 0.88]".
 
-    A dash is an undefined figure.
+    `metrics` are the figures to show, by default all. The columns `low` and `high` belong to the
+    column before them. A dash is an undefined figure.
     """
+    names = list(report)
+    if "low" in names:
+        figure = names[names.index("low") - 1]
+        report = report.rename(columns={end: f"{figure}_{end}" for end in ("low", "high")})
+    shown = report.select_dtypes("integer")
+    if metrics is None:
+        metrics = [name for name in report if not name.endswith(("_low", "_high"))]
+        metrics = [name for name in metrics if name not in shown]
 
     def text(row: pd.Series, metric: str) -> str:
         # The "z" shows -0.00 as 0.00.
-        figure, low, high = (f"{row[metric + end]:z.{digits}f}" for end in ("", "_low", "_high"))
+        ends = (row.get(metric + end, np.nan) for end in ("", "_low", "_high"))
+        figure, low, high = (f"{end:z.{digits}f}" for end in ends)
         if figure == "nan":
             return "–"
         return figure if low == "nan" else f"{figure} [{low}, {high}]"
 
-    shown = report.select_dtypes("integer")
     texts = {metric: [text(row, metric) for _, row in report.iterrows()] for metric in metrics}
     return shown.assign(**texts)
+
+
+def readable(table: pd.DataFrame) -> "pd.io.formats.style.Styler":
+    """A table of texts for reading: aligned to the left, with its line breaks."""
+    # Styler gives a table a random id. A fixed id makes the output of each run the same.
+    shown = table.style.set_uuid("texts")
+    # A reply may hold HTML, and a script in it would run in the page and in Jupyter.
+    shown = shown.format(escape="html").format_index(escape="html")
+    return shown.set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
 
 
 def show_pair(row: dict, judge: str) -> "pd.io.formats.style.Styler":
@@ -58,12 +86,7 @@ def show_pair(row: dict, judge: str) -> "pd.io.formats.style.Styler":
         "score, by": f"{evaluation['score']}, {evaluation['source']}",
         judge: evaluation["text"],
     }
-    style = {"text-align": "left", "white-space": "pre-wrap"}
-    # Styler gives a table a random id. A fixed id makes the output of each run the same.
-    table = pd.DataFrame({"": cells}).style.set_uuid("pair")
-    # A reply may hold HTML, and a script in it would run in the page and in Jupyter.
-    table = table.format(escape="html").format_index(escape="html")
-    return table.set_properties(**style).hide(axis="columns")
+    return readable(pd.DataFrame({"": cells})).hide(axis="columns")
 
 
 # What the notebooks fix, in the order of DESIGNS.
@@ -75,13 +98,12 @@ FIXED = {
     "learnt is": ("the score", "the verdict that stands", "the score, or its distribution"),
 }
 FIGURES = ("correlation with the teacher", "agreement with the teacher", "area under ROC")
-TRIVIAL = ["overlap", "longer", "constant"]
-TRIVIAL_OF_PAIRS = ["longer", "shorter", "overlap", "first"]
-# For each folder: the name of the chats' file, the report, its main figure, the trivial judges.
+RULES = "best_feature overlap longer shorter constant first".split()
+# For each folder: the name of the chats' file, the report, and its main figure.
 DESIGNS = {
-    "correctness": ("correction", correctness_report, "correlation", TRIVIAL),
-    "pairwise": ("pairwise", pairwise_report, "agreement_overall", TRIVIAL_OF_PAIRS),
-    "single_grading": ("single_grading", grading_report, "auc", TRIVIAL),
+    "correctness": ("correction", correctness_report, "correlation"),
+    "pairwise": ("pairwise", pairwise_report, "agreement_overall"),
+    "single_grading": ("single_grading", grading_report, "auc"),
 }
 
 
@@ -90,16 +112,19 @@ def compare_designs(folder: Path) -> pd.DataFrame:
 
     A design that lacks one of its three files is left out. A column says what the notebook fixes;
     how many rows there are; the teacher's calls and tokens (`count_tokens`) for each training row;
-    and the main figure of the student, the untrained base and the best trivial judge.
+    and the main figure of the student, of the untrained base, of who answered, and of the best of
+    the simple RULES.
     """
     table = {}
-    for place, (name, (chats_of, report_of, figure, trivial)) in enumerate(DESIGNS.items()):
+    for place, (name, (chats_of, report_of, figure)) in enumerate(DESIGNS.items()):
         files = "train_qa", "test_qa_complete", f"{chats_of}_finetuning_events"
         paths = [folder / name / f"{file}.jsonl" for file in files]
         if not all(path.exists() for path in paths):
             continue
         train, test, chats = map(load_rows, paths)
-        report = report_of(test, "teacher", ["fine_tuned", "base", *trivial])
+        judges = {evaluation["llm"] for evaluation in test[0]["evaluations"]}
+        trivial = [judge for judge in RULES if judge in judges]
+        report = report_of(test, "teacher", ["fine_tuned", "base", "who_answered", *trivial])
         shown = with_intervals(report, (figure,))[figure]
         best = report.loc[trivial, figure].fillna(-np.inf).idxmax()
         table[name] = {
@@ -110,8 +135,9 @@ def compare_designs(folder: Path) -> pd.DataFrame:
             "teacher's tokens a row": f"{sum(count_tokens(chats)) / len(train):,.0f}",
             "figure": FIGURES[place],
             "student": shown["fine_tuned"],
-            "base": shown["base"],
-            "best trivial judge": f"{shown[best]} ({best})",
+            "untrained base": shown["base"],
+            "who answered": shown["who_answered"],
+            "best simple rule": f"{shown[best]} ({best})",
         }
     return pd.DataFrame(table)
 
@@ -184,7 +210,8 @@ def plot_judges(
             axis.hlines(places, low, high, GREY, linewidth=2)
             axis.scatter(report[metric], places, color=BLUE, zorder=2)
             labels = report.index if axis is axes[0] else [""] * len(report)
-            axis.set(title=metric, yticks=places, yticklabels=labels)
+            axis.set(title=WORDS.get(metric, metric), yticks=places, yticklabels=labels)
+            axis.set_xlabel("← better" if metric in LESS_IS_BETTER else "better →")
             axis.set_ylim(-0.6, len(report) - 0.4)
             axis.grid(axis="x", color="#e5e5e5")
 
@@ -200,7 +227,8 @@ def plot_sweep(report: pd.DataFrame, metrics: Sequence[str], chosen: float) -> N
             axis.fill_between(report.index, low, high, color=GREY, alpha=0.3, linewidth=0)
             axis.plot(report.index, report[metric], color=BLUE, marker="o", markersize=4)
             axis.axvline(chosen, color=BLUE, linewidth=1, linestyle=":")
-            axis.set(title=metric, xlabel=report.index.name)
+            axis.set(title=WORDS.get(metric, metric), xlabel=report.index.name)
+            axis.set_ylabel("↓ better" if metric in LESS_IS_BETTER else "better ↑")
 
 
 def plot_probabilities(rows: list[dict], teacher: str, judges: list[str]) -> None:

@@ -27,7 +27,8 @@ SETTINGS = {
     ),
     "TEACHER_MODEL": ("", "the strong judge"),
     "WRITER_MODEL": ("", "writes questions and reference answers"),
-    "ANSWERER_MODEL": ("", "answers, in several personas"),
+    "ANSWERER_MODEL": ("", "answers, in most of the pipelines"),
+    "SMALL_MODEL": ("local:SmolLM2-135M-Instruct", "answers too, as a small model does"),
     "STUDENT_MODEL": (LOCAL, "a hosted model to fine-tune beside the local student"),
     "EMBEDDING_MODEL": (LOCAL, "finds the chunks to answer from"),
     "DOCUMENTS": ("bundled", "what to read: bundled, or wikipedia"),
@@ -60,6 +61,7 @@ ROLES = {
     "teacher": "TEACHER_MODEL",
     "question-writer": "WRITER_MODEL",
     "answerer": "ANSWERER_MODEL",
+    "small-answerer": "SMALL_MODEL",
     "student": "STUDENT_MODEL",
     "embedding": "EMBEDDING_MODEL",
 }

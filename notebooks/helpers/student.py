@@ -46,9 +46,13 @@ def read_prompt(messages: list[dict], sections: re.Pattern = SECTIONS) -> Item:
 
 
 def items_of(rows: list[dict]) -> list[Item]:
-    """The items of correctness rows or, where rows have no reference, of single-grading rows."""
+    """The items of correctness rows, of single-grading rows (no reference), or of pairs."""
     items: list[Item] = []
     for row in rows:
+        if "answers" in row:
+            answers = [answer["text"] for answer in row["answers"]]
+            items.append((row["question"], row["source"], *answers))
+            continue
         answer = row["response_data"]
         items.append((row["question"], row.get("reference", answer.get("context")), answer["text"]))
     return items
@@ -78,6 +82,24 @@ def overlap(reference: str, answer: str) -> float:
     """F1 of the content words of two texts, 0 to 1."""
     wanted, given = words(reference), words(answer)
     return 2 * len(wanted & given) / (len(wanted) + len(given)) if wanted or given else 1.0
+
+
+# What `lexical_features` counts, in its order.
+COUNTS = (
+    *(
+        count.format(kind)
+        for kind in ("words", "names", "numbers")
+        for count in (
+            "share of the reference's {} that the answer has",
+            "share of the answer's {} that the reference has",
+            "number of the reference's {} that the answer lacks",
+            "number of the answer's {} that the reference lacks",
+        )
+    ),
+    "F1 of the words",
+    "length of the answer",
+    "length of the answer, against that of the reference",
+)
 
 
 @lru_cache(maxsize=100_000)  # cross-validation asks for the same items over and over
@@ -214,17 +236,21 @@ class Student:
         soft: list[dict] | None = None,
         alpha: float = 1.0,
         temperature: float = 1.0,
+        kinds: str | None = None,
     ) -> "Student":
         """Train on the teacher's verdicts: the score of each row, on any scale.
 
-        Cross-validation on these items alone chooses the kinds of features and the strength of the
-        penalty. `soft` has {score: probability} of each row; by default all of it is on the
-        verdict. For `alpha` and `temperature` see `distillation_loss`.
+        Cross-validation on these items alone chooses the strength of the penalty and, unless one of
+        KINDS is given, the `kinds` of features. `soft` has {score: probability} of each row; by
+        default all of it is on the verdict. For `alpha` and `temperature` see `distillation_loss`.
 
         Raises:
-            ValueError: alpha or temperature is out of range, or there is too little to learn from.
+            ValueError: alpha or temperature is out of range, there are no such kinds, or there is
+                too little to learn from.
         """
         check_settings(alpha, temperature)
+        if kinds not in (None, *cls.KINDS):
+            raise ValueError(f"kinds={kinds!r}: expected one of {', '.join(cls.KINDS)}")
         if not items:
             raise ValueError("no rows to learn from")
         missing = [n for n, one in enumerate(verdicts) if one is None or one != one]
@@ -255,8 +281,8 @@ class Student:
             return cls(kinds, mean, scale, weights, labels)
 
         tried: list[tuple] = []
-        for kinds in cls.KINDS:
-            x = cls.featurize(items, kinds)
+        for kind in [kinds] if kinds else cls.KINDS:
+            x = cls.featurize(items, kind)
             if len(items) < x.shape[1]:
                 raise ValueError(
                     f"{len(items)} rows are too few to learn from: the student has {x.shape[1]} "
@@ -265,8 +291,8 @@ class Student:
             for strength in cls.STRENGTHS:
                 unseen = np.empty(hard.shape)
                 for learnt, held in folds(items):
-                    unseen[held] = train(learnt, kinds, x, strength)._predict(x[held])
-                tried.append((cls._error(unseen, hard, labels), unseen, kinds, x, strength))
+                    unseen[held] = train(learnt, kind, x, strength)._predict(x[held])
+                tried.append((cls._error(unseen, hard, labels), unseen, kind, x, strength))
         _, unseen, *chosen = min(tried, key=itemgetter(0))
         student = train(slice(None), *chosen)
         student.held_out = unseen
@@ -388,26 +414,3 @@ class LocalJudge(CustomLLM):
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
         """As `complete`, in one piece."""
         yield self.complete(prompt)
-
-
-def untrained_judges(constant: float, low: float = 1, high: float = 5) -> dict[str, LocalJudge]:
-    """The judges that learn nothing, on a scale from `low` to `high`.
-
-    `base` is the encoder's cosine of evidence (reference or context) and answer, `overlap` the F1
-    of their words. `longer` gives full marks from 60 words on. `constant` always gives the same
-    score (give it the training rows' median).
-    """
-
-    def scaled(part: float) -> float:
-        return low + (high - low) * min(1.0, max(0.0, float(part)))
-
-    rules: dict[str, Callable[[Item], tuple]] = {
-        "base": lambda item: (scaled(np.dot(*embed([*item[1:]]))), "Cosine of the embeddings."),
-        "overlap": lambda item: (scaled(overlap(*item[1:])), "Words in common."),
-        "longer": lambda item: (scaled(len(WORD.findall(item[2])) / 60), "Length."),
-        "constant": lambda item: (constant, "Always this."),
-    }
-    decimals = _decimals(high - low)
-    return {
-        name: LocalJudge(rule, model_name=name, decimals=decimals) for name, rule in rules.items()
-    }

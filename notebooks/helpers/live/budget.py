@@ -15,7 +15,7 @@ from llama_index.core.utils import get_tokenizer  # cl100k_base, which comes wit
 
 from ..log import BATCH, STAGE, CallLog, prompt_text
 from ..rows import write_text
-from ..settings import RunStopped, cap, name_of, setting
+from ..settings import RunStopped, cap, models_of, name_of, setting
 
 MAX_TOKENS = 1024  # of a reply
 THINKING_TOKENS = 4096  # more, for a model that reasons before it replies
@@ -108,10 +108,14 @@ def dollars_of(model: str, prompt: int = 0, reply: int = 0, trained: int = 0) ->
     return sum(price * tokens for price, tokens in counts if tokens) / 1e6
 
 
-def priced_as(log: CallLog, name: str) -> str:
-    """The model whose price a logged name has: the model behind a persona or a stand-in."""
-    priced = (model for stand_in, model in PRICED_AS.items() if name.startswith(stand_in))
-    return next(priced, log.model_of(name))
+def priced_as(log: CallLog) -> dict[str, str]:
+    """{logged name: the model whose price it has} where they differ.
+
+    They do for stand-ins, and for local models: the log leaves out the "local:", by which they cost
+    nothing.
+    """
+    played = models_of(log.path.parent).values()
+    return PRICED_AS | {name_of(one): one for one in played if one.startswith("local:")}
 
 
 def no_price(model: str, training: bool = False) -> str:
@@ -145,9 +149,9 @@ def prompt_tokens(call: dict) -> int:
     return len(get_tokenizer()(prompt_text(call))) + 4 * len(call["messages"])
 
 
-def _cost(log: CallLog, row: dict) -> tuple[int, int, bool, str, float]:
+def _cost(priced: dict[str, str], row: dict) -> tuple[int, int, bool, str, float]:
     """What `tokens_of` says, the model whose price is taken, and dollars; NaN without a price."""
-    model, (prompt, reply, reported) = priced_as(log, row["model"]), tokens_of(row)
+    model, (prompt, reply, reported) = priced.get(row["model"], row["model"]), tokens_of(row)
     share = BATCH_PRICE if (row["usage"] or {}).get(BATCH) else 1.0
     return prompt, reply, reported, model, share * dollars_of(model, prompt, reply)
 
@@ -179,15 +183,18 @@ class Budget:
         self._unpriced = False
         self._asked, self._reserved = 0, 0.0  # calls under way, and the dollars for them
         self._failed = failed_calls(log)
+        self._priced = priced_as(log)
 
     @classmethod
     def of(cls, log: CallLog) -> "Budget":
         """The budget of a log."""
-        return _budgets.setdefault(log, cls(log))
+        if log not in _budgets:
+            _budgets[log] = cls(log)
+        return _budgets[log]
 
     def spent(self) -> float:
         """Dollars of the log's rows and fine-tuning jobs. With a cap, all prices must be known."""
-        costs = (_cost(self.log, row)[-2:] for row in self.log.rows(self._counted))
+        costs = (_cost(self._priced, row)[-2:] for row in self.log.rows(self._counted))
         self._rows += sum(self._known(*cost) for cost in costs)
         self._counted, dollars = self.log.end, self._rows
         for job in noted_jobs(self.log):
@@ -203,7 +210,7 @@ class Budget:
         If they were not refused, the provider may have answered: the whole reply is in the bill.
         """
         for call in calls:
-            model = priced_as(self.log, call["model"])
+            model = self._priced.get(call["model"], call["model"])
             embedded = call["messages"][0]["role"] == "input"
             tokens = prompt_tokens(call), 0 if embedded else reply_cap(model)
             cost = (0, 0) if refused else tokens
@@ -226,7 +233,8 @@ class Budget:
         """Dollars that a call can cost at most; 0 where there is no cap."""
         if not cap("BUDGET_DOLLARS"):
             return 0.0
-        model, prompt = priced_as(self.log, call["model"]), int(MARGIN * prompt_tokens(call))
+        model = self._priced.get(call["model"], call["model"])
+        prompt = int(MARGIN * prompt_tokens(call))
         return self._known(model, dollars_of(model, prompt, reply_cap(model)))
 
     def _refusal(self, calls: int, dollars: float, what: str) -> str:
@@ -284,10 +292,10 @@ def cost_table(log: CallLog) -> pd.DataFrame:
         that this run did not use have a line of their own.
     """
     stage_of = {key: stage for (stage, _), keys in log.used.items() for key in keys}
-    lines = []
+    lines, priced = [], priced_as(log)
     for row in log.rows():
         stage = stage_of.get(row["key"], "(not used by this run)")
-        lines.append((stage, row["model"], 1, *_cost(log, row)))
+        lines.append((stage, row["model"], 1, *_cost(priced, row)))
     rank = {place: number for number, place in enumerate(log.used)}
     lines.sort(key=lambda line: rank.get(line[:2], len(rank)))
     for job in noted_jobs(log):

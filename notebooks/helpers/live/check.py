@@ -9,8 +9,8 @@ from .. import settings
 from ..log import CallLog
 from ..rows import write_text
 from ..settings import LOCAL, ROLES, CallFailed, RunStopped, cap, id_of, name_of, redact
-from .budget import EPOCHS, PROMPT_TOKENS, dollars_of, no_price, priced_as, reply_cap
-from .models import ask_and_block, client_of
+from .budget import EPOCHS, PRICED_AS, PROMPT_TOKENS, dollars_of, no_price, reply_cap
+from .models import ask_and_block, client_of, weights_of
 
 LISTS_NONE = (400, 404, 405, 501)  # what an endpoint that lists no models answers
 COUNTS = ["calls at most", "tokens at most"]
@@ -50,7 +50,7 @@ def check_run(
         if why := reached.get(model):
             wrong.append(f"{ROLES[role]} ({role}): {why}")
         # Half of the student's calls go to the fine-tuned model, whose price is higher.
-        priced = f"ft:{name_of(model)}" if role == "student" else priced_as(log, model)
+        priced = f"ft:{name_of(model)}" if role == "student" else PRICED_AS.get(model, model)
         reply = reply_cap(priced)
         tokens = PROMPT_TOKENS + reply
         dollars = most * dollars_of(priced, PROMPT_TOKENS, reply)
@@ -105,9 +105,10 @@ def unreachable(model: str) -> str:
 
     An endpoint that does not list its models passes.
     """
-    if model.startswith("local:"):
-        return ""
     try:
+        if model.startswith("local:"):
+            weights_of(name_of(model))
+            return ""
         with client_of(model) as client:
             try:
                 ask_and_block(client.models.retrieve, name_of(model))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..log import BATCH, CallLog, details_of, make_row, request_id
 from ..rows import DamagedFile, load_rows, save_rows, write_text
-from ..settings import RunStopped, id_of, models_of, name_of, served_like
+from ..settings import RunStopped, models_of, name_of, served_like
 from .budget import Budget
 from .models import (
     ask_and_block,
@@ -52,8 +52,7 @@ def fill(
             wrong.append(f"{given[1][0]}: {name}: answered {len(given)} times, so none was taken")
         elif given and name in calls:
             *parts, model = given[0][1]
-            other, batch = log.other_model(calls[name], model), Path(results_path).stem
-            row = make_row(calls[name], *parts, batch=batch, replied_by=other)
+            row = make_row(calls[name], *parts, replied_by=model, batch=Path(results_path).stem)
             if log.append(row)["response"] != row["response"]:
                 wrong.append(f"{given[0][0]}: {name}: the log holds another answer, which stays")
     log.sync()
@@ -104,11 +103,11 @@ def answer_requests(log: CallLog) -> list[str]:
     pending = {request["custom_id"]: request for request in load_rows(log.requests_path)}
     noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     noted = {id: one for id, one in noted.items() if pending.keys() & set(one["requests"])}
-    new: dict[str, list[dict]] = {}  # model id -> its requests
+    new: dict[str, list[dict]] = {}  # model -> its requests
     for name, request in pending.items():
         if not any(name in one["requests"] for one in noted.values()):
-            new.setdefault(log.model_of(request["body"]["model"]), []).append(request)
-    places, clients = {id_of(model): model for model in roles.values()}, {}
+            new.setdefault(request["body"]["model"], []).append(request)
+    places, clients = {name_of(model): model for model in roles.values()}, {}
     for model in {*new, *(one["model"] for one in noted.values())}:
         # A fine-tuned model is where its base is.
         place = places.get(model, served_like(model, roles["student"]))
@@ -146,10 +145,10 @@ def answer_requests(log: CallLog) -> list[str]:
 
 
 def _start(model: str, part: list[dict], path: Path, client: Any) -> Any:
-    """Send requests under the model's own id, as a live run would. Returns the batch."""
+    """Send requests with the settings that a live run would send. Returns the batch."""
     lines = []
     for request in part:
-        params = dict(request["body"], model=name_of(model))
+        params = dict(request["body"])
         asked = {name: params.pop(name) for name in ("model", "messages")}
         lines.append({**request, "body": {**asked, **request_settings(model, params)}})
     save_rows(path, lines)

