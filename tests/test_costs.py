@@ -31,6 +31,7 @@ from helpers.live.budget import (
     THINKING_TOKENS,
     Budget,
     dollars_of,
+    failed_calls,
     price_of,
     prompt_tokens,
     tokens_of,
@@ -130,19 +131,22 @@ def test_a_call_that_failed_counts_and_is_in_the_bill_of_later_runs(many, tmp_pa
 def test_each_attempt_without_a_reply_counts_as_a_whole_one(fault, many, tmp_path, monkeypatch):
     """The provider may have answered, and may bill it: as many requests as the cap, and no more."""
     faults = {"drop": "drop", "junk": web.Response(text="{", content_type="application/json")}
-    monkeypatch.setenv("REPLY_SECONDS", "0.2")
-    delay = 1 if fault == "too late" else 0
+    late = fault == "too late"
+    monkeypatch.setenv("REPLY_SECONDS", "0.2" if late else "30")
+    delay = 1 if late else 0
     for name, value in (("CALLS", "10"), ("DOLLARS", "0.1")):
         monkeypatch.setenv(f"BUDGET_{name}", value)
         path = tmp_path / name / "calls.jsonl"
         with Server(fault=lambda body, before: faults.get(fault), delay=delay) as server:
             with pytest.raises(RunStopped, match=f"BUDGET_{name}"):
                 judged(many, path, server)
-            asked = len(server.bodies)
+            sent = len(server.bodies)
+            # On a busy machine, a request that is too late may not reach the server.
+            asked = sum(n for n, *_ in failed_calls(CallLog(path)).values()) if late else sent
             assert asked == 10 if name == "CALLS" else 0.09 < asked * MAX_TOKENS * 8 / 1e6 <= 0.1
             with pytest.raises(RunStopped, match=f"BUDGET_{name}"):
                 judged(many, path, server)
-            assert len(server.bodies) == asked, "the next run has no new budget"
+            assert len(server.bodies) == sent, "the next run has no new budget"
             log = CallLog(path)
             assert asked * MAX_TOKENS * 8 / 1e6 < Budget.of(log).spent() < 0.11
         monkeypatch.delenv(f"BUDGET_{name}")

@@ -310,8 +310,8 @@ def test_pairs_train_and_judge_beside_people(compared, tmp_path):
     rows = train + test
     assert len(rows) == 91 and train[0]["evaluations"] == [
         {"llm": "gpt_4", "score": 0.5, "text": "Reason 0 False.\n\nFinal Verdict: [[A]]"}
-        | {"source": "neither", "verdicts": ["A", "A"]},
-        {"llm": "people", "score": 1.0, "source": "original"},
+        | {"source": "neither", "verdicts": ["A", "A"], "winner": None},
+        {"llm": "people", "score": 1.0, "source": "original", "winner": 0},
     ]
     scores, people = (pair_scores(rows, judge)[0] for judge in ("gpt_4", "people"))
     for row, score, label in zip(rows, scores, people):
@@ -341,7 +341,7 @@ def test_the_figures_hold_no_text(compared):
     bundled = load_rows(DATA / "pairwise" / "llmbar_verdicts.jsonl")
     assert [*rows[0]] == [*bundled[0]]
     names = "set subset item document words evaluations llm score source verdicts A B LLMBar gpt_4"
-    names += " people original flipped neither"
+    names += " people original flipped neither winner"
     subsets = "MT-Bench|Natural|Neighbor|GPTInst|GPTOut|Manual"
     for said in re.findall(r'"([^"]*)"', json.dumps(rows + bundled)):
         assert said in names.split() or re.fullmatch(rf"({subsets})( \d+)?", said)

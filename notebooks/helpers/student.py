@@ -163,10 +163,11 @@ def distillation_loss(
 def folds(items: list[Item]) -> list[tuple[ndarray, ndarray]]:
     """(train, held out) masks of each fold of cross-validation; the draw is seeded.
 
-    Items with the same question on the same evidence, their first two parts, stay together. It is a
-    ValueError if there are fewer questions than folds.
+    Items with the same question stay together or, if all ask the same few questions, those with the
+    same evidence. It is a ValueError if there are fewer of either than folds.
     """
-    questions = list(dict.fromkeys(item[:2] for item in items))
+    part = 0 if len({item[0] for item in items}) >= FOLDS else 1
+    questions = list(dict.fromkeys(item[part] for item in items))
     if len(questions) < FOLDS:
         raise ValueError(
             f"{len(questions)} different questions (or references, contexts, sources) are too few "
@@ -174,7 +175,7 @@ def folds(items: list[Item]) -> list[tuple[ndarray, ndarray]]:
         )
     drawn = np.random.default_rng(0).permutation(len(questions)) % FOLDS
     fold_of = dict(zip(questions, drawn))
-    fold = np.array([fold_of[item[:2]] for item in items])
+    fold = np.array([fold_of[item[part]] for item in items])
     return [(fold != k, fold == k) for k in range(FOLDS)]
 
 
