@@ -516,7 +516,7 @@ def test_a_hosted_embedding_is_paid_for_once(tmp_path, monkeypatch):
 def test_a_hosted_embedding_lets_other_calls_go_on_and_waits_for_room(rows, tmp_path, monkeypatch):
     """One place is left in the budget, and a chat holds it for a while."""
     monkeypatch.setenv("BUDGET_CALLS", "2")
-    with Server(delay=0.3) as server:
+    with Server(delay=1) as server:
         log = CallLog(tmp_path / "c.jsonl")
         embedding = embedding_of(f"text-embedding-3-small@{server.url}", log)
         llm = log.llm("gpt-4.1", live(f"gpt-4.1@{server.url}"))
